@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the ops that have queries, per-token vectors or RoPE. Like `_checks`, they read no data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from livevlm_kernels import _checks as check
+from livevlm_kernels.errors import ArgumentError
+
+
+def not_empty(name: str, value: Tensor) -> None:
+    if value.numel() == 0:
+        raise ArgumentError(f"{name} is empty: its shape is {tuple(value.shape)}; every dimension must be at least 1")
+
+
+def writable(name: str, value: Tensor) -> None:
+    if any(stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)):
+        raise ArgumentError(f"{name} has strides {value.stride()}: expanded dimensions cannot be written in place")
+
+
+def tokens(name: str, value: object, min_ndim: int = 3) -> Tensor:
+    """A non-empty float tensor `[*, seq_len, num_kv_heads, head_dim]`."""
+    result = check.tensor(name, value, min_ndim=min_ndim)
+    check.dtype(name, result, check.FLOATS)
+    not_empty(name, result)
+    return result
+
+
+def like(name: str, value: object, other_name: str, other: Tensor, shape: Sequence[int], meaning: str) -> Tensor:
+    """A tensor of `shape` with the dtype and on the device of `other`."""
+    result = check.tensor(name, value)
+    check.dtype(name, result, (other.dtype,))
+    check.same_device(name, result, other_name, other)
+    check.shape(name, result, shape, meaning)
+    return result
+
+
+def per_token(
+    name: str, value: Tensor | None, dtypes: Sequence[torch.dtype], other_name: str, other: Tensor,
+    shape: Sequence[int], meaning: str = "[*, seq_len]",
+) -> Tensor | None:
+    """An optional small tensor `[*, n]` flattened to `[batch, n]`, by a copy if it must be; None stays None."""
+    if value is None:
+        return None
+    check.tensor(name, value)
+    check.dtype(name, value, dtypes)
+    check.same_device(name, value, other_name, other)
+    check.shape(name, value, shape, meaning)
+    return value.reshape(math.prod(shape[:-1]), shape[-1])
+
+
+def queries(q: object, k: Tensor, lead: Sequence[int], num_kv_heads: int, head_dim: int) -> Tensor:
+    """Queries `[*, num_queries, num_qo_heads, head_dim]` that fit keys with these leading dimensions and heads."""
+    result = tokens("q", q)
+    check.dtype("q", result, (k.dtype,))
+    check.same_device("q", result, "k", k)
+    num_queries, num_qo_heads = result.shape[-3:-1]
+    expected = (*lead, num_queries, num_qo_heads, head_dim)
+    check.shape("q", result, expected, "[*, num_queries, num_qo_heads, head_dim]")
+    group("q", num_qo_heads, num_kv_heads)
+    return result
+
+
+def group(name: str, num_qo_heads: int, num_kv_heads: int) -> None:
+    if num_qo_heads % num_kv_heads:
+        raise ArgumentError(
+            f"{name} has {num_qo_heads} heads; allowed: multiples of num_kv_heads = {num_kv_heads}"
+        )
+
+
+def scale(sm_scale: float | None, head_dim: int) -> float:
+    """The softmax scale, `head_dim ** -0.5` by default."""
+    if sm_scale is None:
+        return float(head_dim) ** -0.5
+    if not 0 < sm_scale < math.inf:  # also catches NaN
+        raise ArgumentError(f"sm_scale={sm_scale} must be positive and finite")
+    return float(sm_scale)
+
+
+def cos_sin_cache(value: Tensor | None, head_dim: int, other_name: str, other: Tensor) -> None:
+    if value is None:
+        return
+    check.tensor("cos_sin_cache", value, ndim=2)
+    check.dtype("cos_sin_cache", value, (torch.float32,))
+    check.same_device("cos_sin_cache", value, other_name, other)
+    check.shape("cos_sin_cache", value, (value.shape[0], head_dim), "[max_position, head_dim]")
+    not_empty("cos_sin_cache", value)
+    if head_dim % 2:
+        raise ArgumentError(f"head_dim={head_dim} must be even when cos_sin_cache is given")

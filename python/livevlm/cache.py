@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LiveCache: a transformers Cache whose past is a stream's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from livevlm import hooks
+from livevlm.attention import Read, Turn
+from livevlm.config import Config
+from livevlm.errors import FrameError, QuestionError, StateError
+from livevlm.generate import checked_generate
+from livevlm.memory import Memory
+from livevlm.models import adapter_for
+from livevlm.policies import QueryWindow, policy_for
+from livevlm.retrieval import Retrieval
+from livevlm.rope import Rope
+
+
+@dataclass(frozen=True)
+class KVHandle:
+    """What `update` gives to the attention function in the place of keys: a pointer, not a copy."""
+
+    cache: LiveCache
+    layer: int
+
+
+class _LiveLayer(CacheLayerMixin):
+    """One layer of a LiveCache, as transformers sees it."""
+
+    is_sliding = False
+
+    def __init__(self, cache: LiveCache, layer: int) -> None:
+        super().__init__()
+        self.handle = KVHandle(cache, layer)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the memory is allocated for all layers at once."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.handle.cache.write(self.handle.layer, key_states, value_states)
+        return self.handle, self.handle
+
+    def get_seq_length(self) -> int:
+        """Tokens of the question so far. The memory is not counted: to `generate` every question is a fresh prompt."""
+        return self.handle.cache.memory.num_new_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class LiveCache(Cache):
+    """The memory of one stream, in the form of a transformers cache.
+
+    To `generate` it looks empty before every question: the memory is attended to, but it is not part of the sequence
+    that transformers counts, slices and masks. So none of the ways in which a pre-filled cache goes silently wrong
+    there (`inputs_embeds`, a missing mask, a short prompt) can happen, and the question and its answer are forgotten
+    when `generate` returns.
+
+    Args:
+        model: a supported transformers model; it gets two hooks that act only on calls with a LiveCache.
+        config: settings; `livevlm.Config()` if None.
+
+    Raises:
+        ModelError: the model is not supported.
+        ConfigError: the budget does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, config: Config | None = None) -> None:
+        self.config = config or Config()
+        self.adapter = adapter_for(model)
+        shape = self.adapter.kv_shape()
+        tokens_per_frame = self.adapter.tokens_per_frame
+        self.budget = self.config.budget_tokens(shape.bytes_per_token, tokens_per_frame)
+        self.retrieval = Retrieval(self.config, tokens_per_frame)
+        self.policy = policy_for(self.config, self.budget, tokens_per_frame)
+        self.rope = Rope(hooks.attach(model, self.adapter.language_model, shape.head_dim))
+        self.num_frames = 0
+        self.read: Read | None = None
+        self._turn: Turn | None = None
+        self._reading: Literal["prompt", "video", "question"] = "question"
+        self._prompt: Tensor | None = None
+        self._new_memory()
+        super().__init__(layers=[_LiveLayer(self, layer) for layer in range(shape.num_layers)])
+
+    def _new_memory(self) -> None:
+        shape = self.adapter.kv_shape()
+        room = self.config.clip_frames * self.adapter.tokens_per_frame
+        bound = room if self.policy.unbounded else self.budget + room
+        self.memory = Memory(shape, self.retrieval.block_size, bound + 512)  # 512: prompt and question
+        self.queries = QueryWindow(shape, self.policy.num_queries)
+
+    # ---------------------------------------------------------------- called by the hooks
+    def begin_forward(self, language_model: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Opens slots for the tokens of a forward pass and decides what they attend to."""
+        if language_model is not self.adapter.language_model:
+            raise StateError("this LiveCache belongs to another model")
+        if self.read is not None:
+            raise StateError("this LiveCache is already being read by another call")
+        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        if tokens.shape[0] != 1:
+            raise QuestionError(f"batch size {tokens.shape[0]} is not supported with a LiveCache; allowed: 1")
+        if self._reading == "question" and self._turn is None:
+            self.begin_question()
+        where = self.memory.begin(tokens.shape[1])
+        start = self.num_stream_tokens + where.start - self.memory.video_end
+        self.memory.position[:, where] = torch.arange(
+            start, start + tokens.shape[1], dtype=torch.int32, device=self.memory.shape.device
+        )
+        is_question = self._reading == "question"
+        self.read = Read(
+            self.memory,
+            self.rope,
+            self.config,
+            self.retrieval,
+            where,
+            turn=self._turn if is_question else None,
+            observe=self.queries.observe if self._reading == "video" else None,
+        )
+
+    def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Stores the un-rotated keys and the values of one layer, `[1, num_kv_heads, num_new, head_dim]`."""
+        if self.read is None:
+            raise StateError("this LiveCache was given to a model it was not made for; call LiveCache(model) first")
+        self.memory.k[layer, self.read.where] = key_states[0].transpose(0, 1)
+        self.memory.v[layer, self.read.where] = value_states[0].transpose(0, 1)
+
+    def end_forward(self, failed: bool) -> None:
+        if failed and self.read is not None:
+            self.memory.end = self.read.where.start
+        self.read = None
+
+    # ---------------------------------------------------------------- writing the stream
+    @property
+    def num_stream_tokens(self) -> int:
+        """Tokens of prompt and video that ever went through the model; the position of the next one."""
+        return self.memory.num_prompt_tokens + self.num_frames * self.adapter.tokens_per_frame
+
+    @torch.no_grad()
+    def prefill_prompt(self, token_ids: Tensor) -> None:
+        """Reads the text before the video, `[num_tokens]`; once, before the first frame.
+
+        Raises:
+            StateError: another prompt was read already, or frames were.
+        """
+        if self._prompt is not None:
+            if not torch.equal(self._prompt, token_ids.cpu()):
+                raise StateError("the prompt before the video cannot change within a stream; make a new LiveCache")
+            return
+        if self.num_frames:
+            raise StateError("the prompt before the video must be read before the first frame")
+        if token_ids.numel():
+            self._forward("prompt", self.adapter.embed_tokens(token_ids))
+            self.memory.commit_prompt()
+        self._prompt = token_ids.cpu().clone()
+
+    @torch.no_grad()
+    def push(self, pixel_values: Tensor, times: Tensor) -> None:
+        """Reads frames and keeps the memory within its budget.
+
+        Args:
+            pixel_values: normalised pixels, `[num_frames, 3, image_size, image_size]`.
+            times: seconds since the start of the stream, `[num_frames]`.
+
+        Raises:
+            FrameError: wrong shape, or values that are not finite; nothing is read.
+            StateError: an answer is being generated.
+        """
+        self._require_idle("push frames")
+        size = self.adapter.image_size
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise FrameError(
+                f"pixel_values must have shape [num_frames, 3, {size}, {size}], not {tuple(pixel_values.shape)}"
+            )
+        if not bool(torch.isfinite(pixel_values).all()):
+            raise FrameError("pixel_values holds NaN or infinite values; allowed: finite ones")
+        clip = self.config.clip_frames
+        for start in range(0, pixel_values.shape[0], clip):
+            self._push_clip(pixel_values[start : start + clip], times[start : start + clip])
+
+    def _push_clip(self, pixel_values: Tensor, times: Tensor) -> None:
+        memory, per_frame = self.memory, self.adapter.tokens_per_frame
+        num_frames, device = pixel_values.shape[0], self.memory.shape.device
+        first = self.num_stream_tokens
+        try:
+            where = self._forward("video", self.adapter.embed_frames(pixel_values))
+            frame = torch.arange(self.num_frames, self.num_frames + num_frames, device=device)
+            slot = torch.arange(per_frame, device=device)
+            memory.describe(
+                where,
+                first,
+                frame.repeat_interleave(per_frame),
+                slot.repeat(num_frames),
+                times.to(device, torch.float64).repeat_interleave(per_frame),
+            )
+            self.policy.compress(memory, self.queries, self.rope, where)
+        except BaseException:
+            memory.rollback()
+            self.queries.rollback()
+            raise
+        memory.commit_video()
+        self.queries.commit()
+        self.retrieval.memory_changed()
+        self.num_frames += num_frames
+
+    def _forward(self, reading: Literal["prompt", "video"], embeds: Tensor) -> slice:
+        self._reading = reading
+        start = self.memory.end
+        try:
+            self.adapter.language_model(inputs_embeds=embeds[None], past_key_values=self, use_cache=True)
+        finally:
+            self._reading = "question"
+        return slice(start, self.memory.end)
+
+    # ---------------------------------------------------------------- questions
+    def _require_idle(self, what: str) -> None:
+        if self._turn is not None:
+            raise StateError(f"cannot {what} while an answer is being generated; finish or close it first")
+
+    def require_askable(self) -> None:
+        """Raises StateError if no question can be asked now; see `begin_question`."""
+        self._require_idle("ask")
+        if not self.num_frames:
+            raise StateError("no frame has been pushed yet; push at least one before asking")
+
+    def begin_question(self, *, want_mass: bool = False) -> Turn:
+        """From now on the model may read a question and write an answer, until `end_question`.
+
+        Called by itself when the model is called with this cache; `generate` and `Stream.ask` also end the question.
+
+        Raises:
+            StateError: no frame has been seen, or another answer is being generated.
+        """
+        self.require_askable()
+        self._turn = Turn({}, {}, want_mass)
+        return self._turn
+
+    def end_question(self) -> None:
+        """Forgets question and answer; the memory is bit for bit what it was before."""
+        self._turn = None
+        self.memory.rollback()
+
+    @contextmanager
+    def question(self, *, want_mass: bool = False) -> Iterator[Turn]:
+        """`begin_question` on entry, `end_question` on exit."""
+        turn = self.begin_question(want_mass=want_mass)
+        try:
+            yield turn
+        finally:
+            self.end_question()
+
+    def generate(self, stock_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`model.generate(..., past_key_values=cache)` comes here; see `livevlm.generate`."""
+        return checked_generate(self, stock_generate, *args, **kwargs)
+
+    # ---------------------------------------------------------------- the rest of transformers' Cache
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.memory.num_new_tokens
+
+    def reset(self) -> None:
+        """Forgets the whole stream."""
+        self._require_idle("reset")
+        self.num_frames = 0
+        self._prompt = None
+        self.retrieval.memory_changed()
+        self._new_memory()
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        raise StateError("a LiveCache cannot be cropped: a question is forgotten by itself when its answer ends")
+
+    def reorder_cache(self, *args: Any, **kwargs: Any) -> None:
+        raise StateError("beam search is not supported with a LiveCache")
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> None:
+        raise StateError("several sequences at once are not supported with a LiveCache")
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> None:
+        raise StateError("several sequences at once are not supported with a LiveCache")

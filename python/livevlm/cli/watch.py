@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a video into a stream with a progress bar, and asks the questions at their times."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.text import Text
+
+from livevlm.answer import Answer
+from livevlm.cli.values import format_bytes, format_time
+from livevlm.errors import ConfigError, QuestionError, VideoError
+from livevlm.load import Checkpoint, load
+from livevlm.models import adapter_for
+from livevlm.stream import Stream
+from livevlm.video import VideoReader
+
+
+def load_quietly(name: str, device: str) -> Checkpoint:
+    """`livevlm.load` without the library's own progress bars and notices."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return load(name, device=device)
+
+
+def num_video_tokens(reader: VideoReader, checkpoint: Checkpoint) -> int | None:
+    """Video tokens of the whole video, if its length is known."""
+    if reader.num_frames_estimate is None:
+        return None
+    return reader.num_frames_estimate * adapter_for(checkpoint.model).tokens_per_frame
+
+
+class Session:
+    """One run of `livevlm ask`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        settings: dict[str, Any],
+        reader: VideoReader,
+        *,
+        stop_at: float | None,
+        quiet: bool,
+    ) -> None:
+        config = dataclasses.replace(checkpoint.config, **settings)
+        self.stream = Stream(checkpoint.model, checkpoint.processor, config)
+        self.reader, self.stop_at, self.quiet = reader, stop_at, quiet
+        self.console = Console(highlight=False)
+        self.answers: list[dict[str, Any]] = []
+
+    def run(self, questions: Iterable[str], timed: Iterable[tuple[float, str]]) -> list[dict[str, Any]]:
+        """Watches and asks; returns the answers in the order they were given."""
+        waiting = sorted(timed)
+        for question in (*questions, *(text for _, text in waiting)):
+            if not question.strip():
+                raise QuestionError(f"question={question!r} is empty; ask something")
+        duration = self.reader.duration
+        if waiting and duration is not None and waiting[-1][0] > duration:
+            raise ConfigError(f"--at {format_time(waiting[-1][0])} is after the video's end at {format_time(duration)}")
+        with self._progress() as progress:
+            self._watch(progress, waiting)
+        if not self.stream.stats().num_frames:
+            raise VideoError(f"{self.reader.path}: no frame to look at")
+        for _, question in waiting:  # a camera that was stopped before their time
+            self._ask(question)
+        for question in questions:
+            self._ask(question)
+        if not self.quiet:
+            self._print_stats()
+        return self.answers
+
+    # ---------------------------------------------------------------- watching
+    def _progress(self) -> Progress:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("watching"),
+            BarColumn(),
+            TextColumn("{task.fields[clock]}  memory {task.fields[memory]}"),
+        )
+        console = Console(stderr=True)
+        return Progress(*columns, console=console, transient=True, disable=self.quiet or not console.is_terminal)
+
+    def _watch(self, progress: Progress, waiting: list[tuple[float, str]]) -> None:
+        total = self.reader.num_frames_estimate
+        task = progress.add_task("watching", total=total, clock="00:00", memory="empty")
+        frames: list[torch.Tensor] = []
+        times: list[float] = []
+
+        def push() -> None:
+            if frames:
+                self.stream.push(frames, times=times)
+                progress.update(task, advance=len(frames), clock=self._clock(), memory=self._memory())
+                frames.clear()
+                times.clear()
+
+        try:
+            for time, frame in self.reader:
+                if self.stop_at is not None and time > self.stop_at:
+                    break
+                while waiting and time > waiting[0][0]:
+                    push()
+                    self._ask(waiting.pop(0)[1])
+                frames.append(frame)
+                times.append(time)
+                if len(frames) == self.stream.config.clip_frames or self.reader.is_live:
+                    push()
+        except KeyboardInterrupt:
+            if not self.reader.is_live:
+                raise
+        push()
+
+    def _clock(self) -> str:
+        now = format_time(self.stream.stats().seconds)
+        return now if self.reader.duration is None else f"{now} / {format_time(self.reader.duration)}"
+
+    def _memory(self) -> str:
+        stats = self.stream.stats()
+        of = "" if stats.budget is None else f" of {stats.budget}"
+        return f"{stats.num_video_tokens}{of} tokens, {format_bytes(stats.kv_bytes)}"
+
+    # ---------------------------------------------------------------- asking
+    def _ask(self, question: str) -> None:
+        answer = self.stream.ask(question)
+        self.answers.append(
+            {
+                "question": question,
+                "time": answer.time,
+                "answer": str(answer),
+                "evidence": [dataclasses.asdict(item) for item in answer.evidence],
+                "num_tokens": answer.num_tokens,
+                "ttft_ms": round(answer.ttft * 1e3, 2),
+                "total_ms": round(answer.seconds * 1e3, 2),
+            }
+        )
+        if not self.quiet:
+            self._print(question, answer)
+
+    def _print(self, question: str, answer: Answer) -> None:
+        seen = ", ".join(format_time(item.time) for item in sorted(answer.evidence, key=lambda e: e.time))
+        where = f"   seen at {seen}" if seen else ""
+        line = Text.assemble(
+            (format_time(answer.time), "dim"),
+            f"  {question}\n       ",
+            (str(answer) or "(no answer)", "bold"),
+            (f"{where}; first token after {answer.ttft * 1e3:.0f} ms", "dim"),
+        )
+        self.console.print(line)
+
+    def _print_stats(self) -> None:
+        stats = self.stream.stats()
+        share = stats.num_video_tokens / stats.num_seen_tokens
+        per_frame = stats.encode_seconds / stats.num_frames * 1e3
+        self.console.print(
+            f"[dim]{stats.num_frames} frames at {per_frame:.0f} ms; memory {self._memory()} "
+            f"({share:.0%} of the {stats.num_seen_tokens} seen)[/]"
+        )

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every knob of a stream, with its default and where the default comes from."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from typing_extensions import Self
+
+from livevlm.errors import ConfigError
+from livevlm.types import PolicyName, Pooling, Positions, RetrievalName, Scope
+
+CONFIG_FILE = "livevlm_config.json"
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one stream.
+
+    "LiveVLM" is arXiv 2505.15269 (v1: May 2025, v2: April 2026); "repo" is a value its official repository is
+    reported to use; "ours" is what the papers leave open.
+
+    Attributes:
+        policy: how the memory is kept within its budget. "vision_sink" (LiveVLM v2, Vision Sink Bucketing),
+            "clip_merge" (LiveVLM v1), "similarity" (InfiniPot-V, arXiv 2506.15745), and the baselines "recent",
+            "uniform" and "full" (keeps everything, unbounded).
+        budget: video tokens kept per layer. 12,000 (LiveVLM v2). The prompt and the question come on top.
+        max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`.
+        clip_frames: most frames that go through the language model at once, 32 (LiveVLM v2, repo). Attention inside a
+            clip is full; the memory may exceed its budget by one clip while the clip is being read.
+        recent_frames: newest frames that are never evicted and always attended to, 2 (LiveVLM v2, repo).
+        scope: "layer": every layer keeps its own tokens (LiveVLM v2, as far as is known); "shared": scores are averaged
+            over layers and all layers keep the same tokens (ours).
+        num_score_queries: newest vision tokens whose attention scores the memory, r = 64 (the papers do not say; ours).
+        scatter_ratio: share of the budget spread over time buckets, 0.5 (LiveVLM v2, repo). 0 is plain top-k.
+        bucket_capacity: tokens a bucket takes, 1 (LiveVLM v2).
+        bucket_by: "index": buckets of equally many cached tokens (LiveVLM v2); "time": of equal duration (ours).
+        clip_keep_ratio: `clip_merge`: share of a clip's tokens that survives, 0.25 (v1 does not say; ours).
+        alpha: `similarity`: share of the budget chosen by temporal redundancy, the rest by value norm, 0.5 (InfiniPot-V).
+        recent_ratio: `similarity`: share of the budget held by the newest frames, 0.25 (InfiniPot-V).
+        retrieval: which part of the memory a question attends to. "mean_key" (LiveVLM v2, Page-based Retrieval),
+            "frame" (ReKV, arXiv 2503.00540), "none": all of it.
+        retrieval_ratio: `mean_key`: share of the blocks retrieved, 0.4 (LiveVLM v2).
+        block_size: `mean_key`: tokens in a block, 16 (LiveVLM v2).
+        num_retrieved_frames: `frame`: blocks of one frame that are retrieved, 64 (ReKV).
+        pooling: "query": the mean question query against the representatives (ReKV; LiveVLM v2 as we read it);
+            "softmax": a softmax per query token and head, then the sum (ours).
+        positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their place
+            in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
+        max_new_tokens: longest answer, 128 (ours).
+    """
+
+    policy: PolicyName = "vision_sink"
+    budget: int = 12_000
+    max_memory: int | str | None = None
+    clip_frames: int = 32
+    recent_frames: int = 2
+    scope: Scope = "layer"
+    num_score_queries: int = 64
+    scatter_ratio: float = 0.5
+    bucket_capacity: int = 1
+    bucket_by: str = "index"
+    clip_keep_ratio: float = 0.25
+    alpha: float = 0.5
+    recent_ratio: float = 0.25
+    retrieval: RetrievalName = "mean_key"
+    retrieval_ratio: float = 0.4
+    block_size: int = 16
+    num_retrieved_frames: int = 64
+    pooling: Pooling = "query"
+    positions: Positions = "packed"
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        choices = {
+            "policy": get_args(PolicyName),
+            "scope": get_args(Scope),
+            "bucket_by": ("index", "time"),
+            "retrieval": get_args(RetrievalName),
+            "pooling": get_args(Pooling),
+            "positions": get_args(Positions),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}")
+        counts = ("budget", "clip_frames", "recent_frames", "num_score_queries", "bucket_capacity", "block_size")
+        for name in (*counts, "num_retrieved_frames", "max_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("clip_keep_ratio", "recent_ratio", "retrieval_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be above 0 and at most 1")
+        for name in ("scatter_ratio", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
+        if self.max_memory is not None:
+            parse_bytes(self.max_memory)
+
+    def budget_tokens(self, kv_bytes_per_token: int, tokens_per_frame: int) -> int:
+        """Video tokens to keep per layer, from `max_memory` if it is set, else `budget`.
+
+        Args:
+            kv_bytes_per_token: bytes of keys and values of all layers for one token.
+            tokens_per_frame: video tokens of one frame.
+
+        Raises:
+            ConfigError: the budget does not hold the `recent_frames` newest frames, which are never evicted.
+        """
+        tokens = self.budget
+        said = f"budget={self.budget} tokens"
+        if self.max_memory is not None:
+            tokens = parse_bytes(self.max_memory) // kv_bytes_per_token
+            said = f"max_memory={self.max_memory!r} ({tokens} tokens of {kv_bytes_per_token} bytes)"
+        least = self.recent_frames * tokens_per_frame
+        if self.policy == "similarity":
+            least = self.recent_tokens(tokens, tokens_per_frame)
+        if tokens < max(least, tokens_per_frame):
+            raise ConfigError(
+                f"{said} is too small: {self.recent_frames} recent frames of {tokens_per_frame} tokens are always "
+                f"kept, so at least {max(least, tokens_per_frame)} tokens are needed"
+            )
+        return tokens
+
+    def recent_tokens(self, budget: int, tokens_per_frame: int) -> int:
+        """Tokens of the newest frames that the policy never evicts; always whole frames."""
+        frames = self.recent_frames
+        if self.policy == "similarity":
+            frames = max(frames, math.floor(self.recent_ratio * budget / tokens_per_frame))
+        return frames * tokens_per_frame
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `livevlm_config.json` beside a checkpoint; `livevlm.load` picks it up as that model's default."""
+        Path(folder, CONFIG_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> Self:
+        """The settings beside a checkpoint (defaults if there are none), with `overrides` on top.
+
+        Raises:
+            ConfigError: the file is not valid JSON or has a setting this version does not know.
+        """
+        path = Path(folder, CONFIG_FILE)
+        try:
+            found = json.loads(path.read_text()) if path.exists() else {}
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        unknown = sorted(set(found) | set(overrides))
+        unknown = [name for name in unknown if name not in {field.name for field in fields(cls)}]
+        if unknown:
+            raise ConfigError(f"unknown settings: {', '.join(unknown)}; allowed: {', '.join(cls.__annotations__)}")
+        return cls(**{**found, **overrides})
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes of `512`, "512", "1.5GiB", "800 MB".
+
+    Raises:
+        ConfigError: not a positive number with one of the units B, KiB, MiB, GiB, KB, MB, GB.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", str(value))
+    try:
+        size = float(match[1]) * _UNITS[match[2].lower()] if match else 0.0
+    except (ValueError, KeyError):
+        size = 0.0
+    if size < 1:
+        raise ConfigError(f"max_memory={value!r} must be a positive size such as 800MB, 2GiB or a number of bytes")
+    return int(size)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: the embedded tiny one, a folder, or a name on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
+
+from livevlm.config import Config
+from livevlm.errors import ModelError
+from livevlm.models import ADAPTERS
+from livevlm.processing import Processor
+
+TINY = Path(__file__).with_name("tiny-onevision")
+
+
+class Checkpoint(NamedTuple):
+    """All that `livevlm.Stream(*checkpoint)` needs."""
+
+    model: Any
+    processor: Processor
+    config: Config
+
+
+def load(name: str | Path = "tiny", *, device: str | torch.device = "auto", dtype: Any = "auto") -> Checkpoint:
+    """Loads a LLaVA-OneVision checkpoint, ready to stream.
+
+    Args:
+        name: "tiny" (4.3 M parameters, inside the package), a folder, or a hub name such as
+            "llava-hf/llava-onevision-qwen2-7b-ov-hf".
+        device: "auto" is the GPU if there is one.
+        dtype: "auto" is the checkpoint's own on a GPU and float32 on a CPU, where bfloat16 is slow.
+
+    Returns:
+        model, processor, and the settings in the checkpoint's `livevlm_config.json`, or the defaults.
+
+    Raises:
+        ModelError: there is no such checkpoint, or its family is not supported.
+    """
+    path = TINY if str(name) == "tiny" else name
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto" and target.type == "cpu":
+        dtype = torch.float32
+    try:
+        family = AutoConfig.from_pretrained(str(path)).model_type
+        if family not in ADAPTERS:
+            raise ModelError(f"{name} is a {family!r} model, which is not supported; supported: {', '.join(ADAPTERS)}")
+        processor = Processor.from_pretrained(path)
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(str(path), dtype=dtype)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(f"no checkpoint could be loaded from {str(name)!r}: {first_line}") from error
+    return Checkpoint(model.to(target).eval(), processor, Config.from_pretrained(path))

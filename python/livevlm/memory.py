@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV memory of one stream: preallocated blocks for all layers, and what is known about each token in them.
+
+Layout of every layer's slots (one token a slot, `block_size` slots a block):
+
+    | empty | prompt | video tokens kept, oldest first | tokens being read now: a clip, or a question |
+    0     base     video_start                      video_end                                         end
+
+The prompt is pushed against a block boundary, so that blocks of video tokens start at `video_start`. Keys are stored
+un-rotated. Tokens behind `video_end` are provisional: `rollback` forgets them, and a failure while they are written
+leaves everything before `video_end` as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from livevlm_kernels import compact_tokens
+from torch import Tensor
+
+GROWTH = 256  # slots are added in multiples of this
+
+
+@dataclass(frozen=True)
+class KVShape:
+    """What a model's cache looks like."""
+
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values of all layers for one token."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class Memory:
+    """Keys, values and per-token facts of one stream, for all layers at once.
+
+    Attributes:
+        k, v: `[num_layers, num_slots, num_kv_heads, head_dim]` in the model's dtype; `k` un-rotated.
+        position: place of the token in the stream, `[num_layers, num_slots]` int32; -1 in an empty slot.
+        frame: index of the frame the token came from, int32; -1 for text.
+        slot: patch slot of the token in its frame, int32; -1 for text and merged tokens.
+        time: seconds since the start of the stream, float64.
+        size: how many tokens are merged into this one, float32.
+    """
+
+    def __init__(self, shape: KVShape, block_size: int, num_slots: int) -> None:
+        self.shape = shape
+        self.block_size = block_size
+        self.base = self.video_start = self.video_end = self.end = 0
+        self.peak_bytes = 0
+        self._allocate(num_slots)
+
+    # ---------------------------------------------------------------- facts
+    @property
+    def num_slots(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.video_start - self.base
+
+    @property
+    def num_video_tokens(self) -> int:
+        return self.video_end - self.video_start
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens of a layer: prompt and video."""
+        return self.video_end - self.base
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Provisional tokens: the clip or the question being read."""
+        return self.end - self.video_end
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of keys and values of the committed tokens of all layers."""
+        return self.num_tokens * self.shape.bytes_per_token
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of all tensors held, whether slots are in use or not."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.k, self.v, self.position, self.frame, self.slot, self.time, self.size)
+
+    def video(self, tensor: Tensor) -> Tensor:
+        """The part of one of `tensors` that holds video tokens, including a clip that is not committed yet."""
+        return tensor[:, self.video_start : self.end]
+
+    # ---------------------------------------------------------------- growing
+    def _allocate(self, num_slots: int) -> None:
+        shape = self.shape
+        slots = (shape.num_layers, -(-num_slots // GROWTH) * GROWTH)
+        kv = (*slots, shape.num_kv_heads, shape.head_dim)
+        self.k = torch.zeros(kv, dtype=shape.dtype, device=shape.device)
+        self.v = torch.zeros(kv, dtype=shape.dtype, device=shape.device)
+        self.position = torch.full(slots, -1, dtype=torch.int32, device=shape.device)
+        self.frame = torch.full(slots, -1, dtype=torch.int32, device=shape.device)
+        self.slot = torch.full(slots, -1, dtype=torch.int32, device=shape.device)
+        self.time = torch.zeros(slots, dtype=torch.float64, device=shape.device)
+        self.size = torch.ones(slots, dtype=torch.float32, device=shape.device)
+        self.peak_bytes = max(self.peak_bytes, self.bytes_allocated)
+
+    def reserve(self, num_new: int) -> None:
+        """Makes room for `num_new` more provisional tokens. Grows by half at least, so that growing stays cheap."""
+        needed = self.end + num_new
+        if needed <= self.num_slots:
+            return
+        old, end = self.tensors, self.end
+        try:
+            self._allocate(max(needed, self.num_slots * 3 // 2))
+        except torch.OutOfMemoryError:
+            self.k, self.v, self.position, self.frame, self.slot, self.time, self.size = old
+            raise
+        for new, previous in zip(self.tensors, old, strict=True):
+            new[:, :end] = previous[:, :end]
+
+    # ---------------------------------------------------------------- writing
+    def begin(self, num_new: int) -> slice:
+        """Opens slots for `num_new` provisional tokens and returns them; every layer then writes its keys there."""
+        self.reserve(num_new)
+        start = self.end
+        self.end += num_new
+        return slice(start, self.end)
+
+    def rollback(self) -> None:
+        """Forgets all provisional tokens."""
+        self.end = self.video_end
+
+    def commit_prompt(self) -> None:
+        """Turns the provisional tokens into the prompt. The memory must hold nothing else."""
+        self.position[:, : self.end] = torch.arange(self.end, dtype=torch.int32, device=self.shape.device)
+        count = self.end
+        self.base = -count % self.block_size
+        if self.base:
+            self.reserve(self.base)
+            for tensor in self.tensors:
+                tensor[:, self.base : self.base + count] = tensor[:, :count].clone()
+            self.position[:, : self.base] = -1
+        self.video_start = self.video_end = self.end = self.base + count
+
+    def describe(self, where: slice, first_position: int, frame: Tensor, slot: Tensor, time: Tensor) -> None:
+        """Records what the tokens in the slots `where` are; `frame`, `slot` and `time` are `[num_tokens]`."""
+        count = where.stop - where.start
+        self.position[:, where] = torch.arange(
+            first_position, first_position + count, dtype=torch.int32, device=self.shape.device
+        )
+        self.frame[:, where] = frame
+        self.slot[:, where] = slot
+        self.time[:, where] = time
+        self.size[:, where] = 1.0
+
+    def commit_video(self) -> None:
+        """The provisional tokens stay: they are part of the video memory from now on."""
+        self.video_end = self.end
+
+    # ---------------------------------------------------------------- evicting
+    def keep(self, indices: Tensor, *, moved: bool = False) -> None:
+        """Keeps only the given video tokens (a provisional clip included), in place, for all layers.
+
+        Args:
+            indices: `[num_layers, num_kept]` int32, sorted, relative to `video_start`, none missing.
+            moved: keys and values are compacted already (by `evict_similar`); only the facts are left to move.
+        """
+        tensors = self.tensors[2:] if moved else self.tensors
+        compact_tokens([self.video(t) for t in tensors], indices)
+        self.video_end = self.end = self.video_start + indices.shape[-1]
+
+    def replace(self, start: int, parts: tuple[Tensor, ...]) -> None:
+        """Puts other tokens in the place of all video tokens from slot `start` on.
+
+        Args:
+            start: first slot replaced, at least `video_start`.
+            parts: the new content of `tensors`, each `[num_layers, num_new, ...]`.
+        """
+        count = parts[0].shape[1]
+        self.end = start
+        self.reserve(count)
+        for tensor, part in zip(self.tensors, parts, strict=True):
+            tensor[:, start : start + count] = part
+        self.video_end = self.end = start + count

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-OneVision as transformers 5.17 builds it: SigLIP, a projector, 2x2 pooling and Qwen2."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from livevlm.errors import ModelError
+from livevlm.memory import KVShape
+
+
+class LlavaOnevisionAdapter:
+    """What a stream needs of a `LlavaOnevisionForConditionalGeneration`: 0.5B, 7B, 72B and any other size."""
+
+    def __init__(self, model: nn.Module) -> None:
+        inner: Any = getattr(model, "model", None)
+        parts = ("vision_tower", "multi_modal_projector", "language_model", "image_newline")
+        missing = [name for name in parts if not hasattr(inner, name)]
+        if missing or not hasattr(model, "lm_head"):
+            raise ModelError(
+                f"{type(model).__name__} is not a LlavaOnevisionForConditionalGeneration: it lacks "
+                f"{', '.join(missing) or 'lm_head'}"
+            )
+        self.model: Any = model
+        self.inner = inner
+        self.language_model: nn.Module = inner.language_model
+        config: Any = model.config
+        text, vision = config.text_config, config.vision_config
+        layers = getattr(text, "layer_types", None) or []
+        if any(kind != "full_attention" for kind in layers):
+            raise ModelError(f"layer types {sorted(set(layers))} are not supported; only full_attention is")
+        self.head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.num_layers: int = text.num_hidden_layers
+        self.num_qo_heads: int = text.num_attention_heads
+        self.num_kv_heads: int = text.num_key_value_heads
+        self.video_token_id: int = config.video_token_id
+        self.image_token_id: int = config.image_token_id
+        self.image_size: int = vision.image_size
+        self.tokens_per_frame: int = math.ceil(vision.image_size // vision.patch_size / 2) ** 2
+        self._lean = config.vision_feature_layer == -1 and config.vision_feature_select_strategy == "full"
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.get_input_embeddings().weight.dtype
+
+    def kv_shape(self) -> KVShape:
+        return KVShape(
+            self.num_layers, self.num_qo_heads, self.num_kv_heads, self.head_dim, self.dtype, self.device
+        )
+
+    def embed_frames(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels `[num_frames, 3, image_size, image_size]` -> `[num_frames * tokens_per_frame, hidden]`.
+
+        The lean path is bit-equal to `get_video_features` without keeping every hidden state of the vision tower
+        (45 MB a frame at the 7B shape); checkpoints that read another layer take the stock path.
+        """
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        if self._lean:
+            tower = self.inner.vision_tower
+            hidden = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
+            features = self.inner.apply_pooling(self.inner.multi_modal_projector(hidden))
+        else:
+            features = self.inner.get_video_features(pixel_values=pixel_values[None]).pooler_output
+        return features.reshape(-1, features.shape[-1])
+
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """Token ids `[num_tokens]` -> `[num_tokens, hidden]`."""
+        return self.language_model.get_input_embeddings()(token_ids.to(self.device))
+
+    def embed_question(self, token_ids: Tensor) -> Tensor:
+        """What follows the video: the newline that ends every video, then the text; `[1 + num_tokens, hidden]`."""
+        newline = self.inner.image_newline.to(self.device, self.dtype)
+        return torch.cat((newline[None], self.embed_tokens(token_ids)))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every policy is given and must do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from livevlm.config import Config
+from livevlm.memory import KVShape, Memory
+from livevlm.rope import Rope
+
+
+class QueryWindow:
+    """Un-rotated queries of the newest vision tokens, for policies that score the memory by their attention.
+
+    Attributes:
+        q: `[num_layers, num_queries, num_qo_heads, head_dim]`, oldest first; the newest `count` rows are filled.
+    """
+
+    def __init__(self, shape: KVShape, num_queries: int) -> None:
+        size = (shape.num_layers, num_queries, shape.num_qo_heads, shape.head_dim)
+        self.q = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        self.count = 0
+        self._seen: dict[int, Tensor] = {}
+
+    @property
+    def capacity(self) -> int:
+        return self.q.shape[1]
+
+    def observe(self, layer: int, q: Tensor) -> None:
+        """Notes the queries `[num_tokens, num_qo_heads, head_dim]` of a clip; they count once it is committed."""
+        if self.capacity:
+            self._seen[layer] = q[-self.capacity :]
+
+    def rollback(self) -> None:
+        self._seen.clear()
+
+    def commit(self) -> None:
+        """Takes the observed queries into `q`."""
+        if self._seen:
+            self.q, self.count = self._with_seen()
+            self._seen.clear()
+
+    def newest(self) -> Tensor:
+        """The newest queries, those of the clip being read included: `[num_layers, count, num_qo_heads, head_dim]`."""
+        q, count = self._with_seen()
+        return q[:, self.capacity - count :]
+
+    def _with_seen(self) -> tuple[Tensor, int]:
+        if not self._seen:
+            return self.q, self.count
+        new = torch.stack([self._seen[layer] for layer in range(self.q.shape[0])])
+        joined = torch.cat((self.q[:, new.shape[1] :], new), dim=1)
+        return joined, min(self.capacity, self.count + new.shape[1])
+
+
+class Policy(ABC):
+    """Keeps a memory within `budget` video tokens per layer.
+
+    Attributes:
+        num_queries: newest vision queries the policy wants to see.
+        unbounded: the memory grows with the stream.
+    """
+
+    unbounded = False
+
+    def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
+        self.config = config
+        self.budget = budget
+        self.tokens_per_frame = tokens_per_frame
+        self.recent = config.recent_tokens(budget, tokens_per_frame)
+        self.num_queries = 0
+
+    @abstractmethod
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+        """Called after every clip, before it is committed.
+
+        Args:
+            memory: its video tokens include the clip, in the slots `clip`.
+            queries: see `QueryWindow`; includes the clip's.
+            rope: the model's rotary embedding.
+        """
+
+    def num_video_tokens(self, memory: Memory) -> int:
+        """Video tokens held, the clip being read included."""
+        return memory.end - memory.video_start

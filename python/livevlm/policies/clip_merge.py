@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Discard and merge within a clip (LiveVLM v1, arXiv 2505.15269v1).
+
+Once a clip is no longer among the newest frames, its last vision tokens score the clip's own; the best stay, and all
+tokens of each frame, kept or not, are merged into one more token that stands before them. The oldest tokens leave
+when the memory exceeds its budget. How many tokens a clip keeps and how a frame is averaged is not known from the paper:
+`clip_keep_ratio` and a plain mean are ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from livevlm_kernels import merge_tokens, select_tokens
+from torch import Tensor
+
+from livevlm.config import Config
+from livevlm.memory import Memory
+from livevlm.policies.base import Policy, QueryWindow
+from livevlm.policies.scoring import attention_scores
+from livevlm.rope import Rope
+
+
+class ClipMerge(Policy):
+    def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
+        super().__init__(config, budget, tokens_per_frame)
+        self.num_queries = config.num_score_queries
+
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+        # The frames that were newest when the previous clip was compressed are still whole, right before this clip.
+        start = max(memory.video_start, clip.start - self.recent)
+        stop = memory.end - self.recent
+        if stop > start:
+            scores = attention_scores(memory, queries, rope, self.config, first_slot=start)
+            self._compress_clip(memory, start, stop, scores[:, : stop - start])
+        excess = self.num_video_tokens(memory) - self.budget
+        if excess > 0:
+            newest = torch.arange(excess, excess + self.budget, dtype=torch.int32, device=memory.k.device)
+            memory.keep(newest.expand(memory.k.shape[0], -1))
+
+    def _compress_clip(self, memory: Memory, start: int, stop: int, scores: Tensor) -> None:
+        """Replaces the whole frames in slots start..stop by one merged token a frame and their best tokens."""
+        layers, count, device = memory.k.shape[0], stop - start, memory.k.device
+        per_frame = self.tokens_per_frame
+        num_frames = count // per_frame
+        kept, _ = select_tokens(scores, max(1, round(self.config.clip_keep_ratio * count)))
+
+        frame = torch.arange(num_frames, dtype=torch.int32, device=device).repeat_interleave(per_frame)
+        clip = [t[:, start:stop] for t in memory.tensors]
+        k, v, size = merge_tokens(
+            clip[0], clip[1], groups=frame.expand(layers, -1), num_groups=num_frames, sizes=clip[6]
+        )
+        first = [t[:, ::per_frame] for t in clip[2:6]]  # position, frame, slot and time of each frame's first token
+        merged = [k, v, first[0], first[1], torch.full_like(first[2], -1), first[3], size]
+
+        # Merged tokens are numbered 0..num_frames-1 and the clip's after them; sort both into stream order.
+        token = torch.arange(count, device=device)
+        order = torch.cat((torch.arange(num_frames, device=device) * (per_frame + 1), token + token // per_frame + 1))
+        chosen = torch.cat(
+            (torch.arange(num_frames, device=device).expand(layers, -1), kept.long() + num_frames), dim=1
+        )
+        chosen = chosen.gather(1, order[chosen].argsort(1))
+        row = torch.arange(layers, device=device)[:, None]
+        parts = [torch.cat((a, b), dim=1)[row, chosen] for a, b in zip(merged, clip, strict=True)]
+        newest = [t[:, stop : memory.end].clone() for t in memory.tensors]
+        memory.replace(start, tuple(torch.cat((a, b), dim=1) for a, b in zip(parts, newest, strict=True)))

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stream: push frames, ask questions."""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from livevlm.answer import Answer, evidence_of
+from livevlm.cache import LiveCache
+from livevlm.config import Config
+from livevlm.errors import ConfigError, FrameError
+from livevlm.frames import as_frames
+from livevlm.generate import decode, first_logits
+from livevlm.processing import Processor
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """Where a stream stands.
+
+    Attributes:
+        num_frames: frames seen.
+        seconds: time of the newest frame.
+        num_video_tokens: video tokens kept per layer.
+        num_seen_tokens: video tokens that ever went through the model.
+        budget: most video tokens kept; None with policy "full".
+        kv_bytes: keys and values kept, all layers.
+        allocated_bytes: all tensors of the memory, room for the next clip and question included.
+        peak_bytes: most bytes ever allocated.
+        encode_seconds: time spent reading frames.
+        num_questions: questions answered.
+    """
+
+    num_frames: int
+    seconds: float
+    num_video_tokens: int
+    num_seen_tokens: int
+    budget: int | None
+    kv_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    encode_seconds: float
+    num_questions: int
+
+
+class Stream:
+    """A video that is watched while it runs, with a memory of bounded size.
+
+    Args:
+        model: a transformers LLaVA-OneVision model, as loaded.
+        processor: its processor or tokenizer, or a `livevlm.Processor`.
+        config: settings; `livevlm.Config()` if None.
+
+    Raises:
+        ModelError: the model or the processor is not supported.
+        ConfigError: the budget does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, config: Config | None = None) -> None:
+        self.config = config or Config()
+        self.processor = Processor.wrap(processor)
+        self.cache = LiveCache(model, self.config)
+        self._size: tuple[int, ...] | None = None
+        self._time: float | None = None
+        self._encode_seconds = 0.0
+        self._num_questions = 0
+        generation = getattr(model, "generation_config", None)
+        stop = getattr(generation, "eos_token_id", None)
+        stop = self.processor.tokenizer.eos_token_id if stop is None else stop
+        self._stop = frozenset(stop if isinstance(stop, list) else [stop])
+
+    # ---------------------------------------------------------------- watching
+    def push(self, frames: Any, *, times: Sequence[float] | Tensor | None = None) -> None:
+        """Shows the model more frames. They are read at once, in clips of at most `config.clip_frames`.
+
+        Args:
+            frames: see `livevlm.frames.as_frames`: tensors, arrays or PIL images, one or many, uint8 or 0..1.
+            times: seconds of each frame since the start of the stream, not decreasing; one second after another
+                from the newest frame on if None.
+
+        Raises:
+            FrameError: unusable frames or times, or frames of another size than before; nothing was read.
+            StateError: an answer is being generated.
+        """
+        batch = as_frames(frames)
+        size = tuple(batch.shape[-2:])
+        if self._size is not None and size != self._size:
+            raise FrameError(f"frames have size {size} but the stream's are {self._size}; they cannot change within one")
+        stamps = self._times(times, batch.shape[0])
+        start = clock.perf_counter()
+        if not self.cache.num_frames:
+            self.cache.prefill_prompt(self.processor.prompt("?")[0])
+        adapter, clip = self.cache.adapter, self.config.clip_frames
+        for first in range(0, batch.shape[0], clip):
+            part = batch[first : first + clip].to(adapter.device)
+            self.cache.push(self.processor.pixels(part, adapter.image_size), stamps[first : first + clip])
+            self._size, self._time = size, float(stamps[min(first + clip, batch.shape[0]) - 1])
+        self._encode_seconds += clock.perf_counter() - start
+
+    def _times(self, times: Sequence[float] | Tensor | None, count: int) -> Tensor:
+        if times is None:
+            first = 0.0 if self._time is None else self._time + 1.0
+            return torch.arange(count, dtype=torch.float64) + first
+        stamps = torch.as_tensor(times, dtype=torch.float64).reshape(-1).cpu()
+        if stamps.numel() != count:
+            raise FrameError(f"times has {stamps.numel()} entries for {count} frames; allowed: one for each")
+        if not bool(torch.isfinite(stamps).all()):
+            raise FrameError("times hold NaN or infinite values; allowed: seconds since the start of the stream")
+        before = torch.cat((stamps.new_tensor([self._time or stamps[0]]), stamps[:-1]))
+        if bool((stamps < before).any()):
+            raise FrameError(f"times run backwards (newest frame: {self._time} s); allowed: not decreasing")
+        return stamps
+
+    # ---------------------------------------------------------------- asking
+    @overload
+    def ask(self, question: str, *, stream: Literal[False] = False, **options: Any) -> Answer: ...
+    @overload
+    def ask(self, question: str, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+
+    def ask(
+        self,
+        question: str,
+        *,
+        stream: bool = False,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        num_evidence: int = 3,
+    ) -> Answer | Iterator[str]:
+        """Answers a question about everything seen so far. The memory is bit for bit the same afterwards.
+
+        Args:
+            question: text, not empty.
+            stream: give an iterator of pieces of text, as they are generated, in the place of the whole answer. The
+                question ends when the iterator does (or is closed); frames can be pushed again then.
+            max_new_tokens: longest answer; `config.max_new_tokens` if None.
+            temperature: 0 takes the likeliest token; above 0 samples.
+            top_p: sample from the likeliest tokens that make up this probability.
+            seed: of the sampling.
+            num_evidence: frames to report as the answer's evidence; 0 saves looking for them.
+
+        Raises:
+            QuestionError: the question is empty.
+            ConfigError: an option is out of range.
+            StateError: no frame has been pushed, or another answer is being generated.
+        """
+        limit = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        for name, value, ok, allowed in (
+            ("max_new_tokens", limit, limit >= 1, "at least 1"),
+            ("temperature", temperature, temperature >= 0, "at least 0"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+            ("num_evidence", num_evidence, num_evidence >= 0, "at least 0"),
+        ):
+            if not ok:
+                raise ConfigError(f"{name}={value} must be {allowed}")
+        _, after = self.processor.prompt(question)
+        warpers = generator = None
+        if temperature > 0:
+            warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
+            generator = torch.Generator(self.cache.adapter.device)
+            generator.manual_seed(torch.seed() if seed is None else seed)
+        self.cache.require_askable()
+        pieces = self._answer(question, after, limit, warpers, generator, num_evidence)
+        if stream:
+            return _pieces(pieces)
+        with closing(pieces):
+            answer = None
+            for answer in pieces:
+                pass
+        assert isinstance(answer, Answer)
+        return answer
+
+    def _answer(
+        self,
+        question: str,
+        token_ids: Tensor,
+        limit: int,
+        warpers: LogitsProcessorList | None,
+        generator: torch.Generator | None,
+        num_evidence: int,
+    ) -> Iterator[str]:
+        """Yields new pieces of text, then the Answer. Ends the question however it is left."""
+        cache, start = self.cache, clock.perf_counter()
+        turn = cache.begin_question(want_mass=num_evidence > 0)
+        try:
+            with torch.no_grad():
+                embeds = cache.adapter.embed_question(token_ids)
+            logits = first_logits(cache, embeds)
+            turn.want_mass = False  # the first token's look-up is the evidence
+            ids: list[int] = []
+            text, ttft = "", None
+            tokens = decode(
+                cache, logits, max_new_tokens=limit, stop=self._stop, warpers=warpers, generator=generator
+            )
+            for token in tokens:
+                ttft = ttft or clock.perf_counter() - start
+                ids.append(token)
+                whole = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+                if len(whole) > len(text) and not whole.endswith("\ufffd"):  # not in the middle of a character
+                    yield whole[len(text) :]
+                    text = whole
+            seconds = clock.perf_counter() - start
+            answer = Answer(self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+            answer.question, answer.time = question, self._time or 0.0
+            answer.evidence = evidence_of(turn, cache.memory, num_evidence) if num_evidence else ()
+            answer.num_tokens, answer.ttft, answer.seconds = len(ids), ttft or seconds, seconds
+            self._num_questions += 1
+        finally:
+            cache.end_question()
+        yield answer
+
+    # ---------------------------------------------------------------- telling
+    def stats(self) -> StreamStats:
+        """Counters of this stream; no synchronisation with a GPU."""
+        memory, adapter = self.cache.memory, self.cache.adapter
+        return StreamStats(
+            num_frames=self.cache.num_frames,
+            seconds=self._time or 0.0,
+            num_video_tokens=memory.num_video_tokens,
+            num_seen_tokens=self.cache.num_frames * adapter.tokens_per_frame,
+            budget=None if self.cache.policy.unbounded else self.cache.budget,
+            kv_bytes=memory.bytes_used,
+            allocated_bytes=memory.bytes_allocated,
+            peak_bytes=memory.peak_bytes,
+            encode_seconds=self._encode_seconds,
+            num_questions=self._num_questions,
+        )
+
+
+def _pieces(parts: Iterator[str]) -> Iterator[str]:
+    for part in parts:
+        if not isinstance(part, Answer):
+            yield part

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that settings may take. One place, so that checks, documentation and the command line cannot drift apart."""
+
+from typing import Literal
+
+PolicyName = Literal["vision_sink", "clip_merge", "similarity", "recent", "uniform", "full"]
+RetrievalName = Literal["mean_key", "frame", "none"]
+Scope = Literal["layer", "shared"]
+Pooling = Literal["query", "softmax"]
+Positions = Literal["packed", "original"]
