@@ -87,7 +87,7 @@ def kernel_table(log: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Builds all extensions with one CMake run, in a folder that stays, so that the next build only does what changed."""
+    """Builds all extensions with one CMake run, in a folder that stays: the next build only does what changed."""
 
     def build_extensions(self) -> None:
         cmake, jobs = tool("cmake"), os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
@@ -107,7 +107,10 @@ class CMakeBuild(build_ext):
         built = self.cmake(cmake, "--build", str(tree), "-j", jobs)
         if table := kernel_table(built):
             print(table, flush=True)
-        self.cmake(cmake, "--install", str(tree), "--prefix", str(Path(self.build_lib).resolve()))
+        target = Path(self.build_lib).resolve()
+        for stale in target.glob("livevlm_kernels/*.so"):  # of an earlier build with other settings
+            stale.unlink()
+        self.cmake(cmake, "--install", str(tree), "--prefix", str(target))
 
     def cmake(self, *command: str) -> str:
         """Runs a step; its output is shown only if it fails."""

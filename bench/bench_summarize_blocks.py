@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import kit
 import torch
 from torch import Tensor
 
+import kit
 from livevlm_kernels import backends, summarize_blocks
 
 # name: layers, tokens, KV heads, head_dim of the language model, with the default budget

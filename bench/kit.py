@@ -56,7 +56,9 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> str:
@@ -157,7 +159,8 @@ class Bench:
         self.op, self.device, self.results = op, device, results
         self.gpu, self.versions, self.ceiling = device_name(device), versions(), copy_ceiling(device)
         print(f"{op} on {self.gpu}; {self.versions}; copy {self.ceiling:.0f} GB/s")
-        print(f"  {'shape':<44} {'dtype':<9} {'provider':<20} {'median us':>9} {'p20':>8} {'p80':>8} {'GB/s':>6} {'copy':>5}")
+        print(f"  {'shape':<44} {'dtype':<9} {'provider':<20} {'median us':>9}", end=" ")
+        print(f"{'p20':>8} {'p80':>8} {'GB/s':>6} {'copy':>5}")
 
     def run(
         self,
@@ -168,7 +171,7 @@ class Bench:
         providers: dict[str, Provider],
         check: Callable[[Any, Any], None] = torch.testing.assert_close,
     ) -> list[Row]:
-        """Compares and times `providers`; the first is the reference. `moved`: bytes that the op must read and write."""
+        """Compares and times `providers`; the first is the reference. `moved`: bytes the op must read and write."""
         sets = cold_sets(make, self.device)
         expected = next(iter(providers.values()))(sets[0])
         for provider in providers.values():
@@ -180,8 +183,8 @@ class Bench:
             speed = moved / median / 1e3
             date = datetime.date.today().isoformat()
             row = Row(
-                self.op, name, shape, str(dtype).removeprefix("torch."), self.gpu, self.versions,
-                round(median, 2), round(p20, 2), round(p80, 2), round(speed, 1), round(100 * speed / self.ceiling, 1), date,
+                self.op, name, shape, str(dtype).removeprefix("torch."), self.gpu, self.versions, round(median, 2),
+                round(p20, 2), round(p80, 2), round(speed, 1), round(100 * speed / self.ceiling, 1), date,
             )  # fmt: skip
             print(
                 f"  {shape:<44} {row.dtype:<9} {name:<20} {median:9.1f} {p20:8.1f} {p80:8.1f} {speed:6.0f} "

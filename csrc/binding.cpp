@@ -15,8 +15,12 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(livevlm_kernels, CPU, library) { register_ops(library); }
+STABLE_TORCH_LIBRARY_IMPL(livevlm_kernels, CPU, library) {
+  register_ops(library);
+}
 
 #ifdef LIVEVLM_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(livevlm_kernels, CUDA, library) { register_ops(library); }
+STABLE_TORCH_LIBRARY_IMPL(livevlm_kernels, CUDA, library) {
+  register_ops(library);
+}
 #endif

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How this library was built, for `livevlm_kernels.env`. The only file that needs Python at build time; optional.
+// How this library was built, for `livevlm_kernels.env`. The only file that needs Python at build time;
+// optional.
 #include <pybind11/pybind11.h>
 
 PYBIND11_MODULE(_build_info, module) {

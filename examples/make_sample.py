@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from livevlm.synthetic import Question, SyntheticVideo, generate
 
-SEED = 72
+SEED = 29
 NUM_FRAMES = 64
 """Generated frames; each is shown for one second."""
 FPS = 8

@@ -41,8 +41,13 @@ def like(name: str, value: object, other_name: str, other: Tensor, shape: Sequen
 
 
 def per_token(
-    name: str, value: Tensor | None, dtypes: Sequence[torch.dtype], other_name: str, other: Tensor,
-    shape: Sequence[int], meaning: str = "[*, seq_len]",
+    name: str,
+    value: Tensor | None,
+    dtypes: Sequence[torch.dtype],
+    other_name: str,
+    other: Tensor,
+    shape: Sequence[int],
+    meaning: str = "[*, seq_len]",
 ) -> Tensor | None:
     """An optional small tensor `[*, n]` flattened to `[batch, n]`, by a copy if it must be; None stays None."""
     if value is None:
@@ -68,9 +73,7 @@ def queries(q: object, k: Tensor, lead: Sequence[int], num_kv_heads: int, head_d
 
 def group(name: str, num_qo_heads: int, num_kv_heads: int) -> None:
     if num_qo_heads % num_kv_heads:
-        raise ArgumentError(
-            f"{name} has {num_qo_heads} heads; allowed: multiples of num_kv_heads = {num_kv_heads}"
-        )
+        raise ArgumentError(f"{name} has {num_qo_heads} heads; allowed: multiples of num_kv_heads = {num_kv_heads}")
 
 
 def scale(sm_scale: float | None, head_dim: int) -> float:

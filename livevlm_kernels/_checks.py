@@ -76,9 +76,7 @@ def collapse(name: str, value: Tensor, trailing: int) -> Tensor:
         ) from None
 
 
-def seq_lens(
-    value: Tensor | None, batch: int, like_name: str, like: Tensor, name: str = "seq_lens"
-) -> Tensor | None:
+def seq_lens(value: Tensor | None, batch: int, like_name: str, like: Tensor, name: str = "seq_lens") -> Tensor | None:
     """`value`, one token count or index a sequence, flattened to [batch] int32 on the device of `like`; or None."""
     if value is None:
         return None

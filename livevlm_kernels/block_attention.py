@@ -31,10 +31,10 @@ def block_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of ragged queries over keys and values in a pool of blocks.
 
-    Serves decoding (one query), questions (tens) and clips (thousands). The keys of a sequence are counted in the order of
-    its table, and the queries are its last tokens: their own keys and values are already in the pool. The layout is that
-    of PagedAttention (arXiv 2309.06180); keys are stored un-rotated and rotated as they are read, so that any set of
-    blocks can be given any positions.
+    Serves decoding (one query), questions (tens) and clips (thousands). The keys of a sequence are counted in the order
+    of its table, and the queries are its last tokens: their own keys and values are already in the pool. The layout is
+    that of PagedAttention (arXiv 2309.06180); keys are stored un-rotated and rotated as they are read, so that any set
+    of blocks can be given any positions.
 
     Args:
         q: queries of all sequences after one another, `[total_q, num_qo_heads, head_dim]`, dtype of `k`, rotated by the
@@ -42,17 +42,17 @@ def block_attention(
         k: pool of keys, `[num_blocks, block_size, num_kv_heads, head_dim]`, float32, float16 or bfloat16, any strides;
             `num_qo_heads` is a multiple of `num_kv_heads`.
         v: pool of values, shape and dtype of `k`.
-        block_table: blocks of each sequence in time order, int32 `[batch, max_blocks]`, or `[batch, num_kv_heads,
-            max_blocks]` where every KV head has its own; -1 after the last. A number outside 0..num_blocks - 1 is a block
-            without keys. A block named twice is attended to twice.
+        block_table: blocks of each sequence in time order, int32 `[batch, max_blocks]`, or
+            `[batch, num_kv_heads, max_blocks]` where every KV head has its own; -1 after the last. A number outside
+            0..num_blocks - 1 is a block without keys. A block named twice is attended to twice.
         seq_lens: keys of each sequence in table order, int32 or int64 `[batch]`: all blocks are full but the last. Keys
             that the table has no block for are not seen.
         cu_seqlens_q: where the queries of each sequence start, int32 `[batch + 1]`, from 0 up to at most total_q; rows
             outside of all sequences get zeros. None: every sequence has total_q / batch queries.
         positions: position of each slot of the pool, `[num_blocks, block_size]`, int32 or int64; a slot with a negative
             position is empty and not seen, though it counts in `seq_lens`. Required by `cos_sin_cache`.
-        cos_sin_cache: float32 `[max_position, head_dim]`, head_dim / 2 cosines then as many sines per position: keys are
-            rotated (half-split, as in Qwen2) at `positions`, clamped to max_position - 1. None: no RoPE.
+        cos_sin_cache: float32 `[max_position, head_dim]`, head_dim / 2 cosines then as many sines per position: keys
+            are rotated (half-split, as in Qwen2) at `positions`, clamped to max_position - 1. None: no RoPE.
         sm_scale: factor of the logits, positive; `head_dim ** -0.5` if None.
         causal: query i of n sees the keys up to its own, number seq_len - n + i; otherwise all of them.
         window: see only the last `window` keys up to the query's own, at least 1; needs `causal`. None: no limit.
@@ -60,9 +60,10 @@ def block_attention(
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        out `[total_q, num_qo_heads, head_dim]` in the dtype of `q`; with `return_lse` the pair `(out, lse)`, lse float32
-        `[total_q, num_qo_heads]`, natural logarithm. A query that sees no key gets zeros and lse -inf. What lies in slots
-        that no query of a sequence may see is not read into the result, NaN included. Accumulation in float32.
+        out `[total_q, num_qo_heads, head_dim]` in the dtype of `q`; with `return_lse` the pair `(out, lse)`, lse
+        float32 `[total_q, num_qo_heads]`, natural logarithm. A query that sees no key gets zeros and lse -inf. What
+        lies in slots that no query of a sequence may see is not read into the result, NaN included. Accumulation in
+        float32.
 
     Raises:
         ArgumentError: a shape, dtype, device or value is not allowed.
@@ -94,7 +95,9 @@ def block_attention(
         check.same_device("cu_seqlens_q", cu_seqlens_q, "q", q)
         check.shape("cu_seqlens_q", cu_seqlens_q, (batch + 1,), "[batch + 1]")
     elif total_q % batch:
-        raise ArgumentError(f"q has total_q = {total_q} rows; without cu_seqlens_q allowed: multiples of batch = {batch}")
+        raise ArgumentError(
+            f"q has total_q = {total_q} rows; without cu_seqlens_q allowed: multiples of batch = {batch}"
+        )
     attention.per_token(
         "positions", positions, check.INTS, "k", k, (num_blocks, block_size), "[num_blocks, block_size]"
     )
@@ -106,8 +109,17 @@ def block_attention(
         if not causal:
             raise ArgumentError(f"window={window} needs causal=True: it counts back from the query's own key")
     out, lse = overload("block_attention", backend, k.device)(
-        q, k, v, block_table, lens, cu_seqlens_q, positions, cos_sin_cache,
-        attention.scale(sm_scale, head_dim), causal, window or 0,
+        q,
+        k,
+        v,
+        block_table,
+        lens,
+        cu_seqlens_q,
+        positions,
+        cos_sin_cache,
+        attention.scale(sm_scale, head_dim),
+        causal,
+        window or 0,
     )
     return (out, lse) if return_lse else out
 

@@ -16,18 +16,18 @@ def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[
     """Combines the results of `block_attention` over disjoint sets of keys.
 
     The result is what one call over the union of the keys gives, up to rounding: out = sum(exp(lse_i) * out_i) /
-    sum(exp(lse_i)), computed from the largest lse down. The online softmax of FlashAttention (arXiv 2205.14135); FlashInfer
-    has it under the same name.
+    sum(exp(lse_i)), computed from the largest lse down. The online softmax of FlashAttention (arXiv 2205.14135);
+    FlashInfer has it under the same name.
 
     Args:
         outs: outputs of the parts, `[num_parts, total_q, num_qo_heads, head_dim]`, float32, float16 or bfloat16.
-        lses: their log-sum-exp, float32 `[num_parts, total_q, num_qo_heads]`, natural logarithm; -inf says that the part
-            saw no key, and its output is not read.
+        lses: their log-sum-exp, float32 `[num_parts, total_q, num_qo_heads]`, natural logarithm; -inf says that the
+            part saw no key, and its output is not read.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        `(out, lse)`: `[total_q, num_qo_heads, head_dim]` in the dtype of `outs`, and float32 `[total_q, num_qo_heads]`. A row
-        that no part saw a key for is zero and has lse -inf.
+        `(out, lse)`: `[total_q, num_qo_heads, head_dim]` in the dtype of `outs`, and float32 `[total_q, num_qo_heads]`.
+        A row that no part saw a key for is zero and has lse -inf.
 
     Raises:
         ArgumentError: a shape, dtype or device is not allowed.

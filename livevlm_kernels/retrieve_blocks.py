@@ -37,8 +37,7 @@ def retrieve_blocks(
     Score of a block, by `kind`:
     "mean": dot product with its mean key, as in ReKV (arXiv 2503.00540, section 3.3) and the Page-based Retrieval of
     LiveVLM (arXiv 2505.15269 v2). "minmax": Quest's upper bound, the sum over dimensions of max(q * min, q * max)
-    (arXiv 2406.10774, section 3.3). "mass": its exact attention mass, softmax over all valid keys summed in the block
-    (ours).
+    (arXiv 2406.10774, section 3.3). "mass" (ours): its attention mass, softmax over all valid keys summed in the block.
 
     By `pooling`: "query" scores the mean of the question's queries once, as ReKV does. "softmax" takes the softmax over
     the valid blocks for each query and head and sums these (ours; far better at finding what a question is about).
@@ -47,10 +46,10 @@ def retrieve_blocks(
     Args:
         q: un-rotated queries of the question, `[*, num_queries, num_qo_heads, head_dim]`, float32, float16 or bfloat16,
             any strides.
-        keys: for "mean" `[*, num_blocks, num_kv_heads, head_dim]` and for "minmax" `[*, num_blocks, 2, num_kv_heads,
-            head_dim]`, as `summarize_blocks` returns them; for "mass" the un-rotated cached keys `[*, seq_len,
-            num_kv_heads,
-            head_dim]`, dtype of `q`. float32, float16 or bfloat16; leading dimensions must collapse without a copy.
+        keys: block summaries as from `summarize_blocks`, `[*, num_blocks, num_kv_heads, head_dim]` for "mean" and
+            `[*, num_blocks, 2, num_kv_heads, head_dim]` for "minmax"; for "mass" the un-rotated cached keys
+            `[*, seq_len, num_kv_heads, head_dim]`, dtype of `q`. float32, float16 or bfloat16; leading dimensions must
+            collapse without a copy.
         num_selected: width of the table, and the most blocks to select, at least 1.
         kind: "mean", "minmax" or "mass".
         pooling: "query" or "softmax"; None: "softmax" for "mass", which allows no other, else "query".
@@ -68,7 +67,8 @@ def retrieve_blocks(
     Returns:
         `(block_table, counts)`. block_table: int32 `[*, num_selected]`, or `[*, num_kv_heads, num_selected]` if
         `per_head`: block numbers, ascending, then -1. counts: int32 `[*]` or `[*, num_kv_heads]`. Of equal scores the
-        lower block wins. A block whose score is NaN or -inf is selected only as a sink or recent block.
+        lower block wins. A block whose score is NaN or -inf is selected only as a sink or recent block; in a softmax
+        one NaN makes every score NaN.
 
     Raises:
         ArgumentError: a shape, dtype, device, stride or value is not allowed.

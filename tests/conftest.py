@@ -7,9 +7,13 @@ run: Triton reads the switch when a kernel is defined, so interpreted kernels ne
 
 from __future__ import annotations
 
-import kit
 import pytest
 import torch
+
+import kit
+
+
+torch.set_num_threads(1)  # these tensors are small: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiled library promises: which ops it has, for which GPUs, and that it loads under other torch versions."""
+"""What the compiled library promises: its ops, the GPUs it is for, and that it loads under other torch versions."""
 
 from __future__ import annotations
 

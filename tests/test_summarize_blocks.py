@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import kit
 import pytest
 import torch
 from torch import Tensor
 
+import kit
 import livevlm_kernels
 from livevlm_kernels import ArgumentError, BackendError, summarize_blocks
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles Triton kernels for the GPUs we support; needs no GPU. Shows what a GPU would refuse, and register spills."""
+"""Compiles Triton kernels for the GPUs we support, without having one: shows what a GPU would refuse."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-import kit  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+import kit  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kit.INTERPRETED, reason="interpreted kernels are not compiled")
 

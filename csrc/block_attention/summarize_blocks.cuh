@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kernel of `summarize_blocks`.
 //
-// A thread owns one vector of one output row and reads that vector of every token in the block. Threads next to each
-// other own neighbouring vectors, so a warp reads whole lines; no two threads share work, so sums keep token order and
-// the result does not depend on the launch. The kernel only moves bytes: what counts is kInFlight loads per thread.
+// A thread owns one vector of one output row and reads that vector of every token in the block. Threads next
+// to each other own neighbouring vectors, so a warp reads whole lines; no two threads share work, so sums
+// keep token order and the result does not depend on the launch. The kernel only moves bytes: what counts is
+// kInFlight loads per thread.
 #pragma once
 
 #include "block_attention/summarize_blocks.h"
@@ -13,6 +14,19 @@ namespace livevlm {
 
 inline constexpr int kSummarizeThreads = 128;
 inline constexpr int kInFlight = 16;
+
+// As torch.amin and amax, these return NaN if either value is one; fminf and fmaxf would return the other.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
 
 template <bool kMinMax, int kSize>
 struct BlockSummary {
@@ -29,12 +43,11 @@ struct BlockSummary {
   __device__ __forceinline__ void add(const float (&values)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float value = values[i];
-      if constexpr (kMinMax) {  // a NaN enters and stays, as in torch.amin and amax
-        low[i] = (value < low[i] || value != value) ? value : low[i];
-        high[i] = (value > high[i] || value != value) ? value : high[i];
+      if constexpr (kMinMax) {
+        low[i] = min_or_nan(low[i], values[i]);
+        high[i] = max_or_nan(high[i], values[i]);
       } else {
-        low[i] += value;
+        low[i] += values[i];
       }
     }
   }
@@ -64,7 +77,8 @@ __global__ void __launch_bounds__(kSummarizeThreads)
   const int64_t row = p.num_heads * p.head_dim;
 
   for (int64_t batch = blockIdx.y; batch < p.batch; batch += gridDim.y) {
-    if (p.first_token && p.first_token[batch] - begin >= p.block_size) continue;  // ends before the first change
+    // A block that ends before the first change keeps its summary.
+    if (p.first_token && p.first_token[batch] - begin >= p.block_size) continue;
     const int64_t length = p.seq_lens ? min(int64_t{p.seq_lens[batch]}, p.seq_len) : p.seq_len;
     const int64_t count = max(min(length - begin, p.block_size), int64_t{0});
     const T* tokens = static_cast<const T*>(p.k) + batch * p.stride_batch + begin * p.stride_token;
@@ -90,15 +104,17 @@ __global__ void __launch_bounds__(kSummarizeThreads)
         }
       }
       // Slots past the end may hold anything, NaN included: they are not read.
+      if (token < count) {
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        if (token + i < count) loaded[i].load(source + i * p.stride_token);
-      }
+        for (int i = 0; i < kInFlight; ++i) {
+          if (token + i < count) loaded[i].load(source + i * p.stride_token);
+        }
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        if (token + i >= count) break;
-        loaded[i].widen(values);
-        summary.add(values);
+        for (int i = 0; i < kInFlight; ++i) {
+          if (token + i >= count) break;
+          loaded[i].widen(values);
+          summary.add(values);
+        }
       }
       summary.write(out + column, row, count);
     }

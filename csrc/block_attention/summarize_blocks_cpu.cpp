@@ -75,7 +75,8 @@ void summarize_blocks_cpu(const SummarizeBlocks& params) {
   dispatch_float(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     parallel_for(0, params.batch * params.num_blocks, kGrain / work + 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) one_block<T>(params, i / params.num_blocks, i % params.num_blocks);
+      for (int64_t i = first; i < last; ++i)
+        one_block<T>(params, i / params.num_blocks, i % params.num_blocks);
     });
   });
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // 16-bit floats for CPU kernels, widened to float32 eight at a time where the TU's instruction set can.
 //
-// CPU kernels are compiled once per instruction set, each inside its own LIVEVLM_CPU namespace: a function shared by
-// name would be merged by the linker, and the AVX2 copy might run on a CPU without AVX2.
+// CPU kernels are compiled once per instruction set, each inside its own LIVEVLM_CPU namespace: a function
+// shared by name would be merged by the linker, and the AVX2 copy might run on a CPU without AVX2.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,13 @@ inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
-inline float to_float(float value) { return value; }
+inline float to_float(float value) {
+  return value;
+}
 
-inline float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bits} << 16); }
+inline float to_float(BFloat16 value) {
+  return bits_to_float(uint32_t{value.bits} << 16);
+}
 
 inline float to_float(Half value) {
 #ifdef __F16C__

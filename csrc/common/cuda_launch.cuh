@@ -41,18 +41,24 @@ void dispatch_bool(bool flag, Body body) {
   return flag ? body(BoolTag<true>{}) : body(BoolTag<false>{});
 }
 
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+inline bool aligned16(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
-// Whether rows of `element_size`-byte elements at `pointer` can be read 16 bytes at a time: every stride between rows
-// must keep the alignment. The innermost stride must be 1 and the row length divisible, which the caller checks.
-inline bool rows_aligned16(const void* pointer, int64_t element_size, std::initializer_list<int64_t> strides) {
+// Whether rows of `element_size`-byte elements at `pointer` can be read 16 bytes at a time: every stride
+// between rows must keep the alignment. The innermost stride must be 1 and the row length divisible, which
+// the caller checks.
+inline bool rows_aligned16(const void* pointer, int64_t element_size,
+                           std::initializer_list<int64_t> strides) {
   for (const int64_t stride : strides) {
     if (stride * element_size % 16 != 0) return false;
   }
   return aligned16(pointer);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Throws if the launch just made was refused. Does not wait for the kernel.
 inline void check_launch(const char* kernel) {
@@ -60,7 +66,8 @@ inline void check_launch(const char* kernel) {
   if (error == cudaSuccess) return;
   std::string message = std::string(kernel) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) {
-    message += "; livevlm was built for " LIVEVLM_CUDA_ARCHS ". Reinstall it with LIVEVLM_CUDA_ARCHS for this GPU";
+    message +=
+        "; livevlm was built for " LIVEVLM_CUDA_ARCHS ". Reinstall it with LIVEVLM_CUDA_ARCHS for this GPU";
   }
   throw std::runtime_error(message);
 }

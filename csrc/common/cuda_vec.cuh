@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of up to 16 bytes of float32, float16 or bfloat16, loaded in one instruction and widened to float32.
+// Vectors of up to 16 bytes of float32, float16 or bfloat16, loaded in one instruction and widened to
+// float32.
 #pragma once
 
 #include <cuda_bf16.h>

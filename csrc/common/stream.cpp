@@ -9,8 +9,8 @@ namespace {
 
 using GetStream = int32_t (*)(int32_t device_index, void** stream);
 
-// Looked up at run time: the symbol lives in libtorch_cuda.so, and linking that would stop this library from loading
-// under a CPU build of torch.
+// Looked up at run time: the symbol lives in libtorch_cuda.so, and linking that would stop this library from
+// loading under a CPU build of torch.
 GetStream find_get_stream() {
   void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   void* symbol = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;

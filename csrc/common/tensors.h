@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Unpacks stable tensors into what kernels take: pointers, sizes, strides. For binding files only.
 //
-// The Python API has checked every argument already. These checks repeat what would otherwise be a wild memory access
-// when someone calls the dispatcher op directly.
+// The Python API has checked every argument already. These checks repeat what would otherwise be a wild
+// memory access when someone calls the dispatcher op directly.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -33,13 +33,15 @@ inline DType float_dtype(const Tensor& tensor, const char* name) {
 
 template <size_t kDims>
 std::array<int64_t, kDims> sizes_of(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.dim() == int64_t{kDims}, name, " must have ", kDims, " dimensions, not ", tensor.dim());
+  STD_TORCH_CHECK(tensor.dim() == int64_t{kDims}, name, " must have ", kDims, " dimensions, not ",
+                  tensor.dim());
   std::array<int64_t, kDims> sizes;
   for (size_t i = 0; i < kDims; ++i) sizes[i] = tensor.size(static_cast<int64_t>(i));
   return sizes;
 }
 
-// Strides in elements. A dimension of size 1 gets 0: torch lets it have any stride, and alignment checks must not care.
+// Strides in elements. A dimension of size 1 gets 0: torch lets it have any stride, and alignment checks must
+// not care.
 template <size_t kDims>
 std::array<int64_t, kDims> strides_of(const Tensor& tensor) {
   std::array<int64_t, kDims> strides;
@@ -58,7 +60,8 @@ inline void check_same_device(const Tensor& tensor, const char* name, const Tens
 
 // Data of a contiguous tensor with `numel` elements of type T on the device of `like`.
 template <typename T>
-T* contiguous_data(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel, const Tensor& like) {
+T* contiguous_data(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel,
+                   const Tensor& like) {
   check_same_device(tensor, name, like);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype");
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """livevlm: video language models that watch a stream for hours and answer at once.
 
-    model, processor, config = livevlm.load("tiny")
-    stream = livevlm.Stream(model, processor, config)
-    stream.push(frames)
-    print(stream.ask("what colour was the star ?"))
+model, processor, config = livevlm.load("tiny")
+stream = livevlm.Stream(model, processor, config)
+stream.push(frames)
+print(stream.ask("what colour was the star ?"))
 """
 
 from livevlm.answer import Answer, Evidence

@@ -49,7 +49,8 @@ class Answer(str):
 def evidence_of(turn: Turn, memory: Memory, count: int) -> tuple[Evidence, ...]:
     """The `count` frames with the strongest look-up, from the attention of the answer's first token.
 
-    A look-up is one head of one layer giving much of its attention to one token; averages over heads and layers hide it.
+    A look-up is one head of one layer giving much of its attention to one token; averages over heads and layers
+    hide it.
     """
     best: dict[int, Evidence] = {}
     for layer, (slots, mass) in turn.mass.items():

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from livevlm_kernels import score_tokens
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,6 +16,7 @@ from livevlm.config import Config
 from livevlm.memory import Memory
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
+from livevlm_kernels import score_tokens
 
 
 @dataclass

@@ -42,7 +42,8 @@ class Config:
         bucket_capacity: tokens a bucket takes, 1 (LiveVLM v2).
         bucket_by: "index": buckets of equally many cached tokens (LiveVLM v2); "time": of equal duration (ours).
         clip_keep_ratio: `clip_merge`: share of a clip's tokens that survives, 0.25 (v1 does not say; ours).
-        alpha: `similarity`: share of the budget chosen by temporal redundancy, the rest by value norm, 0.5 (InfiniPot-V).
+        alpha: `similarity`: share of the budget chosen by temporal redundancy, the rest by value norm, 0.5
+            (InfiniPot-V).
         recent_ratio: `similarity`: share of the budget held by the newest frames, 0.25 (InfiniPot-V).
         retrieval: which part of the memory a question attends to. "mean_key" (LiveVLM v2, Page-based Retrieval),
             "frame" (ReKV, arXiv 2503.00540), "none": all of it.
@@ -51,8 +52,8 @@ class Config:
         num_retrieved_frames: `frame`: blocks of one frame that are retrieved, 64 (ReKV).
         pooling: "query": the mean question query against the representatives (ReKV; LiveVLM v2 as we read it);
             "softmax": a softmax per query token and head, then the sum (ours).
-        positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their place
-            in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
+        positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
+            place in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
         max_new_tokens: longest answer, 128 (ours).
     """
 

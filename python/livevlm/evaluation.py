@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import variance
 
 from livevlm.config import Config
 from livevlm.load import Checkpoint
@@ -19,6 +20,7 @@ class Score:
 
     Attributes:
         asked, right: counts by kind.
+        by_video: share answered right of each video's questions.
         kept: video tokens kept at the end of a stream, the largest of all videos.
         seen: video tokens of a stream.
         ms_per_frame: time to read a frame, compression included.
@@ -26,6 +28,7 @@ class Score:
 
     asked: Counter[str] = field(default_factory=Counter)
     right: Counter[str] = field(default_factory=Counter)
+    by_video: list[float] = field(default_factory=list)
     kept: int = 0
     seen: int = 0
     ms_per_frame: float = 0.0
@@ -34,6 +37,11 @@ class Score:
     def accuracy(self) -> float:
         """Share of all questions answered right."""
         return self.right.total() / max(1, self.asked.total())
+
+    @property
+    def variance_between_videos(self) -> float:
+        """Sample variance of the videos' accuracies; 0 for fewer than two videos."""
+        return variance(self.by_video) if len(self.by_video) > 1 else 0.0
 
     def by_kind(self) -> dict[str, float]:
         return {kind: self.right[kind] / count for kind, count in sorted(self.asked.items())}
@@ -61,10 +69,13 @@ def answer_synthetic(
     for index, video in enumerate(generate(num_frames, seed=seed, num_videos=num_videos)):
         stream = Stream(checkpoint.model, checkpoint.processor, config)
         stream.push(video.frames)
+        right = 0
         for question in video.questions(num_questions, seed=seed + index):
             answer = stream.ask(question.text, num_evidence=0, max_new_tokens=2)
             score.asked[question.kind] += 1
             score.right[question.kind] += answer == question.answer
+            right += answer == question.answer
+        score.by_video.append(right / num_questions)
         stats = stream.stats()
         score.kept, score.seen = max(score.kept, stats.num_video_tokens), stats.num_seen_tokens
         seconds += stats.encode_seconds

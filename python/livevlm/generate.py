@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
 
 from livevlm.errors import QuestionError
+from livevlm.options import Sampler
 
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
@@ -30,43 +30,27 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @torch.no_grad()
-def first_logits(cache: LiveCache, embeds: Tensor) -> Tensor:
-    """Reads a question `[num_tokens, hidden]`; logits `[1, vocab_size]` of the answer's first token."""
-    return _step(cache, embeds)
+def next_logits(cache: LiveCache, embeds: Tensor) -> Tensor:
+    """Reads embeddings `[num_tokens, hidden]` of the question or the answer; logits `[1, vocab_size]` of what follows."""
+    output = cache.adapter.language_model(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
+    return cache.adapter.logits(output.last_hidden_state[:, -1])
 
 
 def decode(
-    cache: LiveCache,
-    logits: Tensor,
-    *,
-    max_new_tokens: int,
-    stop: Collection[int],
-    warpers: LogitsProcessorList | None = None,
-    generator: torch.Generator | None = None,
+    cache: LiveCache, logits: Tensor, sampler: Sampler, *, max_new_tokens: int, stop: Collection[int]
 ) -> Iterator[int]:
-    """Token ids of the answer, one by one, up to a stop token. Greedy without `warpers`, else sampled."""
-    written = torch.empty((1, 0), dtype=torch.int64, device=logits.device)
+    """Token ids of the answer, one by one, up to a stop token; `logits` are those of its first token."""
     for count in range(1, max_new_tokens + 1):
         with torch.no_grad():
-            if warpers is None:
-                token = logits.argmax(-1)
-            else:
-                probabilities = warpers(written, logits.float()).softmax(-1)
-                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            token = sampler(logits)
         token_id = int(token)
         if token_id in stop:
             return
         yield token_id
-        if count == max_new_tokens:
-            return
-        written = torch.cat((written, token[:, None]), dim=1)
-        with torch.no_grad():
-            logits = _step(cache, cache.adapter.embed_tokens(token))
-
-
-def _step(cache: LiveCache, embeds: Tensor) -> Tensor:
-    output = cache.adapter.language_model(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
-    return cache.adapter.logits(output.last_hidden_state[:, -1])
+        if count < max_new_tokens:
+            with torch.no_grad():
+                embeds = cache.adapter.embed_tokens(token)
+            logits = next_logits(cache, embeds)
 
 
 @torch.no_grad()
@@ -113,11 +97,9 @@ def checked_generate(
         embeds = given
     else:
         question = _push_video(cache, input_ids[0], pixel_values_videos)
-        if not question.numel():
-            raise QuestionError("input_ids hold no question after the video")
         embeds = cache.adapter.embed_question(question)[None]
         if (max_length := kwargs.pop("max_length", None)) is not None:
-            kwargs.setdefault("max_new_tokens", max_length - input_ids.shape[1])
+            kwargs["max_new_tokens"] = kwargs.get("max_new_tokens") or max_length - input_ids.shape[1]
 
     with cache.question():
         result = stock_generate(inputs_embeds=embeds, past_key_values=cache, **kwargs)
@@ -130,25 +112,26 @@ def checked_generate(
 
 
 def _push_video(cache: LiveCache, ids: Tensor, pixel_values_videos: Tensor | None) -> Tensor:
-    """Reads what stands before and in the video tokens of `ids`; returns the question's token ids."""
+    """Reads what stands before and in the video tokens of `ids`, all checked first; returns the question's token ids."""
     adapter = cache.adapter
     if bool((ids == adapter.image_token_id).any()):
         raise QuestionError("input_ids hold image tokens; only videos can be streamed")
     at = (ids == adapter.video_token_id).nonzero()[:, 0]
+    question = ids[int(at[-1]) + 1 :] if at.numel() else ids
+    if not question.numel():
+        raise QuestionError("input_ids hold no question" + (" after the video" if at.numel() else ""))
     if pixel_values_videos is None:
         if at.numel():
             raise QuestionError("input_ids hold video tokens but pixel_values_videos is missing")
-        return ids
+        return question
     if pixel_values_videos.dim() != 5 or pixel_values_videos.shape[0] != 1:
         shape = tuple(pixel_values_videos.shape)
         raise QuestionError(f"pixel_values_videos must have shape [1, num_frames, 3, height, width], not {shape}")
     num_frames = pixel_values_videos.shape[1]
     expected = num_frames * adapter.tokens_per_frame + 1
     if at.numel() != expected or int(at[-1] - at[0]) != expected - 1:
-        raise QuestionError(
-            f"input_ids hold {at.numel()} video tokens; {num_frames} frames need {expected} in a row"
-        )
+        raise QuestionError(f"input_ids hold {at.numel()} video tokens; {num_frames} frames need {expected} in a row")
     cache.prefill_prompt(ids[: int(at[0])])
     times = torch.arange(num_frames, dtype=torch.float64) + cache.num_frames
     cache.push(pixel_values_videos[0], times)
-    return ids[int(at[-1]) + 1 :]
+    return question

@@ -39,12 +39,12 @@ AttentionInterface.register(ATTENTION, live_attention)
 class _Hooks:
     """Exchanges attention and rotary embedding around a forward pass over a LiveCache."""
 
-    def __init__(self, language_model: nn.Module, head_dim: int) -> None:
-        self.rope = language_model.rotary_emb
+    def __init__(self, language_model: Any, head_dim: int) -> None:
+        self.rope: nn.Module = language_model.rotary_emb
         self.identity = IdentityRope(head_dim)
         self.stock_attention: str | None = None
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from livevlm.cache import LiveCache
 
         cache = kwargs.get("past_key_values")
@@ -56,7 +56,7 @@ class _Hooks:
         config._attn_implementation = ATTENTION
         module._modules["rotary_emb"] = self.identity
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         from livevlm.cache import LiveCache
 
         if self.stock_attention is not None:
@@ -68,7 +68,7 @@ class _Hooks:
             cache.end_forward(failed=output is None)
 
 
-def attach(model: nn.Module, language_model: nn.Module, head_dim: int) -> nn.Module:
+def attach(model: Any, language_model: Any, head_dim: int) -> nn.Module:
     """Lets `model` be called with a LiveCache; does nothing the second time. Returns the stock rotary embedding."""
     hooks: _Hooks | None = getattr(language_model, "_livevlm_hooks", None)
     if hooks is None:

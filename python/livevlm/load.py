@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 
 from livevlm.config import Config
-from livevlm.errors import ModelError
+from livevlm.errors import ConfigError, ModelError
 from livevlm.models import ADAPTERS
 from livevlm.processing import Processor
 
@@ -39,9 +39,10 @@ def load(name: str | Path = "tiny", *, device: str | torch.device = "auto", dtyp
 
     Raises:
         ModelError: there is no such checkpoint, or its family is not supported.
+        ConfigError: there is no such device here.
     """
     path = TINY if str(name) == "tiny" else name
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = _device(device)
     if dtype == "auto" and target.type == "cpu":
         dtype = torch.float32
     try:
@@ -54,3 +55,14 @@ def load(name: str | Path = "tiny", *, device: str | torch.device = "auto", dtyp
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(f"no checkpoint could be loaded from {str(name)!r}: {first_line}") from error
     return Checkpoint(model.to(target).eval(), processor, Config.from_pretrained(path))
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device

@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from livevlm_kernels import compact_tokens
 from torch import Tensor
+
+from livevlm_kernels import compact_tokens
 
 GROWTH = 256  # slots are added in multiples of this
 

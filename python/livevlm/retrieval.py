@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 
 import torch
-from livevlm_kernels import retrieve_blocks, summarize_blocks
 from torch import Tensor
 
 from livevlm.config import Config
 from livevlm.memory import Memory
+from livevlm_kernels import retrieve_blocks, summarize_blocks
 
 
 class Retrieval:

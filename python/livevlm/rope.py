@@ -41,7 +41,7 @@ class Rope:
         return (x * cos) + (torch.cat((-second, first), dim=-1) * sin)
 
     def cos_sin_cache(self, positions: Tensor) -> Tensor:
-        """The table the kernels take: row i holds cos then sin of `positions[i]`, `[num_positions, head_dim]` float32."""
+        """The table the kernels take: cos then sin of each position, `positions.shape + [head_dim]` float32."""
         cos, sin = self.angles(positions, torch.empty(0, dtype=torch.float32, device=positions.device))
         half = cos.shape[-1] // 2
         return torch.cat((cos[..., :half], sin[..., :half]), dim=-1)

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from typing_extensions import Unpack
 
 from livevlm.answer import Answer, evidence_of
 from livevlm.cache import LiveCache
 from livevlm.config import Config
-from livevlm.errors import ConfigError, FrameError
+from livevlm.errors import FrameError
 from livevlm.frames import as_frames
-from livevlm.generate import decode, first_logits
+from livevlm.generate import decode, next_logits
+from livevlm.options import AskOptions, Decoding, Sampler
 from livevlm.processing import Processor
 
 
@@ -93,7 +93,9 @@ class Stream:
         batch = as_frames(frames)
         size = tuple(batch.shape[-2:])
         if self._size is not None and size != self._size:
-            raise FrameError(f"frames have size {size} but the stream's are {self._size}; they cannot change within one")
+            raise FrameError(
+                f"frames have size {size} but the stream's are {self._size}; they cannot change within one"
+            )
         stamps = self._times(times, batch.shape[0])
         start = clock.perf_counter()
         if not self.cache.num_frames:
@@ -114,35 +116,26 @@ class Stream:
             raise FrameError(f"times has {stamps.numel()} entries for {count} frames; allowed: one for each")
         if not bool(torch.isfinite(stamps).all()):
             raise FrameError("times hold NaN or infinite values; allowed: seconds since the start of the stream")
-        before = torch.cat((stamps.new_tensor([self._time or stamps[0]]), stamps[:-1]))
+        newest = float(stamps[0]) if self._time is None else self._time
+        before = torch.cat((stamps.new_tensor([newest]), stamps[:-1]))
         if bool((stamps < before).any()):
             raise FrameError(f"times run backwards (newest frame: {self._time} s); allowed: not decreasing")
         return stamps
 
     # ---------------------------------------------------------------- asking
     @overload
-    def ask(self, question: str, *, stream: Literal[False] = False, **options: Any) -> Answer: ...
+    def ask(self, question: str, *, stream: Literal[False] = False, **options: Unpack[AskOptions]) -> Answer: ...
     @overload
-    def ask(self, question: str, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+    def ask(self, question: str, *, stream: Literal[True], **options: Unpack[AskOptions]) -> Iterator[str]: ...
 
-    def ask(
-        self,
-        question: str,
-        *,
-        stream: bool = False,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        num_evidence: int = 3,
-    ) -> Answer | Iterator[str]:
+    def ask(self, question: str, *, stream: bool = False, **options: Unpack[AskOptions]) -> Answer | Iterator[str]:
         """Answers a question about everything seen so far. The memory is bit for bit the same afterwards.
 
         Args:
             question: text, not empty.
             stream: give an iterator of pieces of text, as they are generated, in the place of the whole answer. The
                 question ends when the iterator does (or is closed); frames can be pushed again then.
-            max_new_tokens: longest answer; `config.max_new_tokens` if None.
+            max_new_tokens: longest answer; `config.max_new_tokens` by default.
             temperature: 0 takes the likeliest token; above 0 samples.
             top_p: sample from the likeliest tokens that make up this probability.
             seed: of the sampling.
@@ -153,66 +146,44 @@ class Stream:
             ConfigError: an option is out of range.
             StateError: no frame has been pushed, or another answer is being generated.
         """
-        limit = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        for name, value, ok, allowed in (
-            ("max_new_tokens", limit, limit >= 1, "at least 1"),
-            ("temperature", temperature, temperature >= 0, "at least 0"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-            ("num_evidence", num_evidence, num_evidence >= 0, "at least 0"),
-        ):
-            if not ok:
-                raise ConfigError(f"{name}={value} must be {allowed}")
-        _, after = self.processor.prompt(question)
-        warpers = generator = None
-        if temperature > 0:
-            warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p)])
-            generator = torch.Generator(self.cache.adapter.device)
-            generator.manual_seed(torch.seed() if seed is None else seed)
+        options.setdefault("max_new_tokens", self.config.max_new_tokens)
+        decoding = Decoding(**options)
+        _, token_ids = self.processor.prompt(question)
         self.cache.require_askable()
-        pieces = self._answer(question, after, limit, warpers, generator, num_evidence)
+        answer = self._answer(question, token_ids, decoding)
         if stream:
-            return _pieces(pieces)
-        with closing(pieces):
-            answer = None
-            for answer in pieces:
-                pass
-        assert isinstance(answer, Answer)
-        return answer
+            return (piece for piece in answer if not isinstance(piece, Answer))
+        *_, whole = answer
+        assert isinstance(whole, Answer)
+        return whole
 
-    def _answer(
-        self,
-        question: str,
-        token_ids: Tensor,
-        limit: int,
-        warpers: LogitsProcessorList | None,
-        generator: torch.Generator | None,
-        num_evidence: int,
-    ) -> Iterator[str]:
+    def _answer(self, question: str, token_ids: Tensor, options: Decoding) -> Iterator[str]:
         """Yields new pieces of text, then the Answer. Ends the question however it is left."""
-        cache, start = self.cache, clock.perf_counter()
-        turn = cache.begin_question(want_mass=num_evidence > 0)
+        cache, tokenizer, start = self.cache, self.processor.tokenizer, clock.perf_counter()
+        turn = cache.begin_question(want_mass=options.num_evidence > 0)
         try:
             with torch.no_grad():
                 embeds = cache.adapter.embed_question(token_ids)
-            logits = first_logits(cache, embeds)
+            logits = next_logits(cache, embeds)
             turn.want_mass = False  # the first token's look-up is the evidence
+            sampler = Sampler(options, logits.device)
             ids: list[int] = []
-            text, ttft = "", None
-            tokens = decode(
-                cache, logits, max_new_tokens=limit, stop=self._stop, warpers=warpers, generator=generator
-            )
-            for token in tokens:
+            text, ttft = "", 0.0
+            for token in decode(cache, logits, sampler, max_new_tokens=options.max_new_tokens, stop=self._stop):
                 ttft = ttft or clock.perf_counter() - start
                 ids.append(token)
-                whole = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+                whole = tokenizer.decode(ids, skip_special_tokens=True)
                 if len(whole) > len(text) and not whole.endswith("\ufffd"):  # not in the middle of a character
                     yield whole[len(text) :]
                     text = whole
-            seconds = clock.perf_counter() - start
-            answer = Answer(self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
-            answer.question, answer.time = question, self._time or 0.0
-            answer.evidence = evidence_of(turn, cache.memory, num_evidence) if num_evidence else ()
-            answer.num_tokens, answer.ttft, answer.seconds = len(ids), ttft or seconds, seconds
+            whole = tokenizer.decode(ids, skip_special_tokens=True)
+            if len(whole) > len(text):
+                yield whole[len(text) :]
+            answer = Answer(whole.strip())
+            answer.question, answer.time, answer.num_tokens = question, self._time or 0.0, len(ids)
+            answer.seconds = clock.perf_counter() - start
+            answer.ttft = ttft or answer.seconds
+            answer.evidence = evidence_of(turn, cache.memory, options.num_evidence) if options.num_evidence else ()
             self._num_questions += 1
         finally:
             cache.end_question()
@@ -234,9 +205,3 @@ class Stream:
             encode_seconds=self._encode_seconds,
             num_questions=self._num_questions,
         )
-
-
-def _pieces(parts: Iterator[str]) -> Iterator[str]:
-    for part in parts:
-        if not isinstance(part, Answer):
-            yield part

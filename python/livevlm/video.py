@@ -21,6 +21,10 @@ __all__ = ["VideoReader", "open_video"]
 
 ROUNDING = 1e-3
 """A frame may be this early, in seconds: some containers round timestamps to the millisecond."""
+MAX_DAMAGED = 32
+"""So many frames in a row that cannot be decoded are skipped; after more the video counts as ended."""
+LIVE_PATIENCE = 1.0
+"""Seconds of failing after which a live source counts as ended: a lost connection fails slowly."""
 MAX_NATIVE_FPS = 1000.0
 """A file that claims a higher frame rate does not know its frame rate."""
 MAX_OVERRUN = 60.0
@@ -56,7 +60,8 @@ class VideoReader:
     A live source is timed by its own timestamps where it has any, otherwise by the clock, and simply ends
     when it stops sending.  Read it as fast as it plays, or what is read falls behind.
 
-    Iterating raises VideoError, after every good frame has been given, if the file ends early or breaks.
+    A damaged frame is skipped and counted, and the next good one takes its place.  Iterating raises VideoError,
+    after the good frames have been given, if a file ends early or a decoded frame cannot be retrieved.
     """
 
     path: str
@@ -73,6 +78,8 @@ class VideoReader:
     """Length in seconds according to the file's header; None for a live source or if it does not say."""
     num_frames_estimate: int | None
     """How many frames iterating is expected to give; None if the duration is not known."""
+    num_damaged: int
+    """How many frames have been skipped so far because they were damaged."""
 
     def __init__(self, path: str, fps: float | None) -> None:
         self.path, self.fps = path, fps
@@ -95,6 +102,7 @@ class VideoReader:
             wanted = math.ceil(self.duration * fps - ROUNDING) if fps else math.inf
             self.num_frames_estimate = int(max(1, min(count, wanted)))
 
+        self.num_damaged = 0
         self._closed = False
         self._began = time.monotonic()
         self._origin = self._first = self._time = self._due = 0.0
@@ -153,8 +161,13 @@ class VideoReader:
 
     def _grab(self) -> bool:
         """Go to the next frame and set its time, in seconds; return False if there is none."""
-        if not self._capture.grab():
-            return False
+        deadline = time.monotonic() + LIVE_PATIENCE if self.is_live else math.inf
+        failures = 0
+        while not self._capture.grab():
+            failures += 1
+            if failures > MAX_DAMAGED or time.monotonic() > deadline:
+                return False
+        self.num_damaged += failures
         stamp = float(self._capture.get(self._cv2.CAP_PROP_POS_MSEC)) / 1000
         if not self._started:
             self._started = True
@@ -191,8 +204,7 @@ class VideoReader:
         end = self._time - self._first + (1 / self.native_fps if self.native_fps else 0.0)
         if end < self.duration - max(share * self.duration, seconds):
             raise VideoError(
-                f"{self.path}: broke off at {_clock(end)} of {_clock(self.duration)}: "
-                "the file is cut short or damaged"
+                f"{self.path}: broke off at {_clock(end)} of {_clock(self.duration)}: the file is cut short or damaged"
             )
 
 
@@ -218,8 +230,7 @@ def _import_cv2() -> Any:
         import cv2
     except ImportError as error:
         raise VideoError(
-            "reading video needs OpenCV, which cannot be imported: pip install opencv-python-headless "
-            f"({error})"
+            f"reading video needs OpenCV, which cannot be imported: pip install opencv-python-headless ({error})"
         ) from error
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # it may have been imported before
     return cv2

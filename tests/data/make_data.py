@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the small media files the tests read.  Needs PyAV (``pip install av``); the tests themselves do not."""
+"""Make the small media files the tests read.  Needs PyAV (``pip install av``), which the tests do not."""
 
 from __future__ import annotations
 

@@ -16,6 +16,10 @@ from livevlm.errors import LiveVLMError
 from livevlm.types import PolicyName, RetrievalName
 
 
+class OneLineError(click.ClickException):
+    exit_code = 2
+
+
 def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turns the library's errors into one line on stderr and exit code 2."""
 
@@ -24,9 +28,7 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except LiveVLMError as error:
-            failure = click.ClickException(" ".join(str(error).split()))
-            failure.exit_code = 2
-            raise failure from None
+            raise OneLineError(" ".join(str(error).split())) from None
 
     return run
 

@@ -27,7 +27,7 @@ def parse_time(text: str) -> float:
 
 
 def format_time(seconds: float) -> str:
-    """"01:04" or "1:02:03"; whole seconds."""
+    """ "01:04" or "1:02:03"; whole seconds."""
     whole = int(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes:02d}:{whole % 60:02d}"
@@ -75,5 +75,7 @@ def budget_settings(text: str, num_video_tokens: int | None) -> dict[str, Any]:
     try:
         parse_bytes(text)
     except ConfigError:
-        raise ConfigError(f"budget {text!r} is not understood; allowed: tokens (12000), a share (25%), bytes (2GiB)") from None
+        raise ConfigError(
+            f"budget {text!r} is not understood; allowed: tokens (12000), a share (25%), bytes (2GiB)"
+        ) from None
     return {"max_memory": text}

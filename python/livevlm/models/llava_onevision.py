@@ -27,7 +27,7 @@ class LlavaOnevisionAdapter:
             )
         self.model: Any = model
         self.inner = inner
-        self.language_model: nn.Module = inner.language_model
+        self.language_model: Any = inner.language_model
         config: Any = model.config
         text, vision = config.text_config, config.vision_config
         layers = getattr(text, "layer_types", None) or []
@@ -52,9 +52,7 @@ class LlavaOnevisionAdapter:
         return self.language_model.get_input_embeddings().weight.dtype
 
     def kv_shape(self) -> KVShape:
-        return KVShape(
-            self.num_layers, self.num_qo_heads, self.num_kv_heads, self.head_dim, self.dtype, self.device
-        )
+        return KVShape(self.num_layers, self.num_qo_heads, self.num_kv_heads, self.head_dim, self.dtype, self.device)
 
     def embed_frames(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels `[num_frames, 3, image_size, image_size]` -> `[num_frames * tokens_per_frame, hidden]`.

@@ -3,14 +3,13 @@
 
 Once a clip is no longer among the newest frames, its last vision tokens score the clip's own; the best stay, and all
 tokens of each frame, kept or not, are merged into one more token that stands before them. The oldest tokens leave
-when the memory exceeds its budget. How many tokens a clip keeps and how a frame is averaged is not known from the paper:
+when the memory exceeds its budget. The paper's share of kept tokens and its kind of average are not known:
 `clip_keep_ratio` and a plain mean are ours.
 """
 
 from __future__ import annotations
 
 import torch
-from livevlm_kernels import merge_tokens, select_tokens
 from torch import Tensor
 
 from livevlm.config import Config
@@ -18,6 +17,7 @@ from livevlm.memory import Memory
 from livevlm.policies.base import Policy, QueryWindow
 from livevlm.policies.scoring import attention_scores
 from livevlm.rope import Rope
+from livevlm_kernels import merge_tokens, select_tokens
 
 
 class ClipMerge(Policy):

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import torch
-from livevlm_kernels import score_tokens
 from torch import Tensor
 
 from livevlm.config import Config
 from livevlm.memory import Memory
 from livevlm.policies.base import QueryWindow
 from livevlm.rope import Rope
+from livevlm_kernels import score_tokens
 
 
 def attention_scores(memory: Memory, queries: QueryWindow, rope: Rope, config: Config, first_slot: int) -> Tensor:
@@ -24,8 +24,9 @@ def attention_scores(memory: Memory, queries: QueryWindow, rope: Rope, config: C
     Returns:
         float32 `[num_layers, num_tokens]`, the same row for all layers with `scope="shared"`.
     """
-    q, k = queries.newest(), memory.k[:, first_slot : memory.end]
+    k = memory.k[:, first_slot : memory.end]
     layers, num_tokens, device = k.shape[0], k.shape[1], k.device
+    q = queries.newest()[:, -num_tokens:]
     if config.positions == "packed":
         positions = torch.arange(first_slot, memory.end, device=device) - memory.base
         positions = positions.expand(layers, -1)

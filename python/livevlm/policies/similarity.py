@@ -5,11 +5,10 @@ When the memory exceeds its budget, the newest frames stay whole. Of the older t
 like the same patch in the newest frames (TaR), and those with the largest values (VaN).
 """
 
-from livevlm_kernels import evict_similar
-
 from livevlm.memory import Memory
 from livevlm.policies.base import Policy, QueryWindow
 from livevlm.rope import Rope
+from livevlm_kernels import evict_similar
 
 
 class Similarity(Policy):

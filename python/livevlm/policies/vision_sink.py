@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision Sink Bucketing (LiveVLM v2, arXiv 2505.15269v2).
 
-When the memory exceeds its budget, the newest vision tokens score all cached ones by their attention. Part of the budget
-goes to the best tokens wherever they are, the rest to the best token of each bucket along the stream, so that some of
-every period survives.
+When the memory exceeds its budget, the newest vision tokens score all cached ones by their attention. Part of the
+budget goes to the best tokens wherever they are, the rest to the best token of each bucket along the stream, so that
+some of every period survives.
 """
 
 import torch
-from livevlm_kernels import select_tokens
 
 from livevlm.config import Config
 from livevlm.memory import Memory
 from livevlm.policies.base import Policy, QueryWindow
 from livevlm.policies.scoring import attention_scores, time_buckets
 from livevlm.rope import Rope
+from livevlm_kernels import select_tokens
 
 
 class VisionSink(Policy):

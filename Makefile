@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+# TORCH and TRITON choose the versions; LIVEVLM_CUDA, LIVEVLM_CUDA_ARCHS and MAX_JOBS (setup.py) choose the build.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
+QUESTION ?= What happens in this video?
+
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+RUN := $(VENV)/bin/python
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+.PHONY: setup demo test bench lint format clean
+
+## make setup: a virtual environment with livevlm in it, compiled kernels included
+setup: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q "$(TORCH)"
+	$(PIP) install -q 'setuptools>=77' cmake ninja
+	touch $@
+
+# An editable install: Python sources count at once, C++ and CUDA sources bring this rule back.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install -q --no-build-isolation -e .
+	$(RUN) -m livevlm_kernels.env
+	touch $@
+
+# torch for CUDA brings its own Triton. Triton 3.6's interpreter needs numpy < 2.4.
+$(VENV)/.dev: $(VENV)/.installed
+	$(RUN) -c 'import triton' 2>/dev/null || $(PIP) install -q "$(TRITON)"
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install -q --no-build-isolation -e '.[dev]' 'numpy<2.4'
+	touch $@
+
+## make demo: asks about the sample video
+demo: setup
+	$(VENV)/bin/livevlm ask examples/sample.mp4 "$(QUESTION)"
+
+## make test: all tests; Triton kernels run on the CPU in the second line
+test: $(VENV)/.dev
+	$(RUN) -m pytest -q
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q
+
+## make bench: every op's benchmark, on the GPU if there is one
+bench: setup
+	for script in bench/bench_*.py; do $(RUN) $$script || exit; done
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+## make format: what lint asks for
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) livevlm_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

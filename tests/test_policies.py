@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory policies: bounded, deterministic, and keeping what they say they keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from livevlm import Config, LiveCache
+from livevlm.policies import POLICIES
+from streams import PROMPT, pixels, times, tiny_random
+
+TOKENS = 4  # a frame of the random model
+BOUNDED = sorted(set(POLICIES) - {"full"})
+
+
+def watched(num_frames: int, *, clip: int = 8, seed: int = 1, **settings: object) -> LiveCache:
+    config = Config(**{"budget": 64, "retrieval": "none", "clip_frames": clip, **settings})
+    cache = LiveCache(tiny_random(), config)
+    cache.prefill_prompt(PROMPT)
+    frames = pixels(num_frames, seed)
+    for start in range(0, num_frames, clip):
+        part = frames[start : start + clip]
+        cache.push(part, times(len(part), start))
+    return cache
+
+
+def kept(cache: LiveCache, name: str) -> torch.Tensor:
+    return cache.memory.video(getattr(cache.memory, name))
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_memory_is_constant_over_10000_frames(policy: str) -> None:
+    cache = LiveCache(tiny_random(), Config(policy=policy, budget=256, retrieval="none", clip_frames=100))
+    cache.prefill_prompt(PROMPT)
+    frames = pixels(100)
+    facts = set()
+    for start in range(0, 10_000, 100):
+        cache.push(frames.roll(start // 100, 0), times(100, start))
+        memory = cache.memory
+        if start >= 1000:  # the budget was reached long ago
+            facts.add((memory.num_video_tokens, memory.bytes_used, memory.bytes_allocated, memory.peak_bytes))
+    assert cache.num_frames == 10_000
+    assert len(facts) == 1, facts
+    assert facts.pop()[0] == 256
+    assert kept(cache, "frame").max() == 9_999
+
+
+@pytest.mark.parametrize("policy", BOUNDED)
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_what_is_kept(policy: str, scope: str) -> None:
+    cache = watched(50, policy=policy, scope=scope)
+    memory = cache.memory
+    assert memory.num_video_tokens == 64
+    position, frame, slot = kept(cache, "position"), kept(cache, "frame"), kept(cache, "slot")
+    assert (position.diff(dim=1) >= 0).all(), "tokens stay in stream order"
+    newest = torch.arange(48, 50, dtype=torch.int32).repeat_interleave(TOKENS)
+    assert (frame[:, -2 * TOKENS :] == newest).all(), "the newest frames are whole"
+    assert torch.equal(memory.position[:, memory.base : memory.video_start], torch.arange(3).expand(3, -1).int())
+    whole = slot >= 0
+    expected = len(PROMPT) + frame * TOKENS + slot
+    assert torch.equal(position[whole], expected[whole]), "facts move together with their token"
+    assert torch.equal(kept(cache, "time")[whole], frame[whole].double())
+    if scope == "shared" or policy in ("recent", "uniform"):
+        assert (position == position[0]).all(), "all layers keep the same tokens"
+
+
+def test_keys_move_with_their_facts() -> None:
+    """Every kept key and value is the one that was written for its position, un-rotated."""
+    full = watched(16, policy="full", clip=16)
+    for policy in ("recent", "similarity", "vision_sink"):
+        cache = watched(16, policy=policy, clip=16)  # one clip: both read the same context
+        for layer in range(3):
+            row = kept(cache, "position")[layer].long() + full.memory.base
+            assert torch.equal(kept(cache, "k")[layer], full.memory.k[layer, row]), policy
+            assert torch.equal(kept(cache, "v")[layer], full.memory.v[layer, row]), policy
+
+
+def test_recent_keeps_the_newest() -> None:
+    frame = kept(watched(50, policy="recent"), "frame")
+    assert torch.equal(frame[0], torch.arange(34, 50, dtype=torch.int32).repeat_interleave(TOKENS))
+
+
+def test_uniform_keeps_whole_frames_at_even_distances() -> None:
+    for length in (100, 200, 1000):
+        frame = kept(watched(length, policy="uniform"), "frame")[0].view(-1, TOKENS)
+        assert (frame == frame[:, :1]).all(), "whole frames"
+        assert frame[0, 0] == 0
+        gaps = frame[:-2, 0].diff()  # the last two are the newest, whatever their number
+        assert gaps.max() <= 2 * gaps.min(), "no period is forgotten"
+        assert gaps.max() <= 2 * length / 14
+
+
+def test_similarity_drops_what_repeats() -> None:
+    """A frame that shows something new in one patch keeps that patch when all else is a still image."""
+    model = tiny_random()
+    cache = LiveCache(model, Config(policy="similarity", budget=48, alpha=1.0, retrieval="none", clip_frames=8))
+    still = pixels(1).repeat(40, 1, 1, 1)
+    still[11, :, :28, :28] = pixels(1, seed=9)[0, :, :28, :28]
+    cache.prefill_prompt(PROMPT)
+    cache.push(still, times(40))
+    where = cache.memory.video(cache.memory.frame)
+    slots = cache.memory.video(cache.memory.slot)
+    assert ((where[0] == 11) & (slots[0] == 0)).any(), "the one patch that changed"
+
+
+def test_vision_sink_spreads_over_the_stream() -> None:
+    spread = kept(watched(120, policy="vision_sink", scatter_ratio=1.0), "frame")
+    plain = kept(watched(120, policy="vision_sink", scatter_ratio=0.0), "frame")
+    assert not torch.equal(spread, plain)
+    by_time = kept(watched(120, policy="vision_sink", scatter_ratio=1.0, bucket_by="time"), "frame")
+    old = [(rows < 60).float().mean() for rows in (by_time, plain)]
+    assert old[0] > 0.2, "buckets of equal duration keep the stream's first half"
+
+
+def test_clip_merge_adds_one_token_a_frame() -> None:
+    cache = watched(8, policy="clip_merge", budget=64, clip=8, clip_keep_ratio=0.5)
+    slot, size = kept(cache, "slot"), kept(cache, "size")
+    merged = slot < 0
+    assert (merged.sum(1) == 6).all(), "one for each frame that is not among the newest two"
+    assert (size[merged] == TOKENS).all()
+    assert cache.memory.num_video_tokens == 6 + 6 * TOKENS // 2 + 2 * TOKENS
+    full = watched(8, policy="full", clip=8)
+    mean = full.memory.video(full.memory.v)[1, :TOKENS].mean(0)
+    torch.testing.assert_close(kept(cache, "v")[1, 0], mean, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_deterministic(policy: str) -> None:
+    first, second = watched(30, policy=policy), watched(30, policy=policy)
+    for a, b in zip(first.memory.tensors, second.memory.tensors, strict=True):
+        assert torch.equal(first.memory.video(a), second.memory.video(b))
+
+
+def test_one_frame_at_a_time() -> None:
+    for policy in BOUNDED:
+        cache = watched(40, policy=policy, clip=1)
+        assert cache.memory.num_video_tokens == 64, policy
