@@ -29,22 +29,23 @@ build() {
   LIVEVLM_CUDA=ON LIVEVLM_CUDA_ARCHS=$capability-real python3 setup.py -q build_ext --inplace
 }
 
-tests() {
-  local files
-  files=$(python3 -c '
+# Only tests of kernels: those of the layers above need packages that may not be here.
+kernel_tests() {
+  python3 -c '
 from pathlib import Path
 from livevlm_kernels import _registry
-stems = [*_registry.ops(), "build", "triton_compile"]
-print(*(path for stem in stems if (path := Path(f"tests/test_{stem}.py")).exists()))')
-  python3 -m pytest -q --durations=10 $files
+stems = [*_registry.ops(), "ops_contract", "build", "triton_compile"]
+print(*(path for stem in stems if (path := Path(f"tests/test_{stem}.py")).exists()))'
 }
+
+tests() { python3 -m pytest -q -p no:cacheprovider --durations=10 $(kernel_tests); }
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
 sanitize() {
   [ -n "$sanitizer" ] || { echo "no compute-sanitizer"; return 1; }
   # Without the caching allocator each tensor has bounds of its own.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 "$sanitizer" --tool "$1" --error-exitcode 99 --launch-timeout 0 \
-    python3 -m pytest -q -x -p no:cacheprovider tests -m cuda -k "$SANITIZE"
+    python3 -m pytest -q -x -p no:cacheprovider -m cuda -k "$SANITIZE" $(kernel_tests)
 }
 
 [ -f livevlm_kernels/_C.abi3.so ] || section "build" build

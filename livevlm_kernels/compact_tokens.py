@@ -22,8 +22,8 @@ def compact_tokens(
     """Moves the tokens that `indices` names to the front of every tensor, in place.
 
     Afterwards row j of a tensor is what its row `indices[j]` was. Rows whose index is -1, and all rows from n on, stay
-    as they were. Nothing else is allocated on the GPU by a compiled backend: sorted, unique indices only ever move a
-    token forward, so that no row is overwritten before it is read.
+    as they were. The last step of every eviction here (ours). Sorted, unique indices move tokens forward or not at all,
+    so that a kernel needs no second copy of the memory.
 
     Args:
         tensors: keys, values, positions, timestamps, weights..., each `[*, seq_len, ...]` of any dtype and any strides

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`block_attention` against torch's scaled_dot_product_attention with explicit masks, and against its own invariants."""
+"""`block_attention` against torch's scaled_dot_product_attention with explicit masks, and its invariants."""
 
 from __future__ import annotations
 
-import kit
 import pytest
 import torch
 import torch.nn.functional as F
 
+import kit
 from livevlm_kernels import ArgumentError, block_attention, merge_states
 from livevlm_kernels.reference import _chunks
 

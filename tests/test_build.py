@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -62,6 +63,20 @@ def test_machine_code_of_every_arch_is_in_the_library():
         pytest.skip("no cuobjdump")
     found = set(re.findall(r"sm_(\d+)", run(cuobjdump, "-lelf", _native.PATH)))
     assert found == set(re.findall(r"(\d+)a?-real", archs))  # older cuobjdump prints sm_90a as sm_90
+
+
+@needs_library
+@pytest.mark.parametrize("build", ["", "baseline"])
+def test_every_16_bit_float_is_widened_exactly(build):
+    code = """
+import torch
+from livevlm_kernels import summarize_blocks
+for dtype in (torch.float16, torch.bfloat16):
+    k = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(1, 2**13, 1, 8)
+    wide = summarize_blocks(k, block_size=1, backend="cpu")
+    torch.testing.assert_close(wide, k.float(), rtol=0, atol=0, equal_nan=True)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"LIVEVLM_CPU": build})
 
 
 def test_environment_report():

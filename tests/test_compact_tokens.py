@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import kit
 import pytest
 import torch
 
+import kit
 from livevlm_kernels import ArgumentError, BackendError, compact_tokens
 
 each_backend = pytest.mark.parametrize(("backend", "device"), kit.cases("compact_tokens"))

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import kit
 import pytest
 import torch
 import torch.nn.functional as F
 
+import kit
 from livevlm_kernels import ArgumentError, BackendError, compact_tokens, evict_similar, score_redundancy, select_tokens
 
 each_backend = pytest.mark.parametrize(("backend", "device"), kit.cases("evict_similar"))

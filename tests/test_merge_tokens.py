@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import kit
 import pytest
 import torch
 import torch.nn.functional as F
 
+import kit
 from livevlm_kernels import ArgumentError, merge_tokens
 from livevlm_kernels.reference import _chunks
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 
-import kit
 import pytest
 import torch
 
+import kit
 from livevlm_kernels import ArgumentError, retrieve_blocks, summarize_blocks
 
 each_backend = pytest.mark.parametrize(("backend", "device"), kit.cases("retrieve_blocks"))
@@ -60,7 +60,7 @@ def expect_best(table, count, scores, width, always):
     """`table` holds the `always` blocks and the best others; blocks of almost equal score may stand for one another."""
     kept = table[: int(count)].tolist()
     assert table[int(count) :].tolist() == [-1] * (len(table) - int(count))
-    assert len(kept) == width and kept == sorted(set(kept)) and set(always) <= set(kept)
+    assert len(kept) == width and kept == sorted(set(kept)) and set(always) <= set(kept) <= set(range(len(scores)))
     rest = [b for b in range(len(scores)) if b not in always]
     worst_kept = min((scores[b] for b in rest if b in kept), default=math.inf)
     best_left = max((scores[b] for b in rest if b not in kept), default=-math.inf)

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import kit
 import pytest
 import torch
 
+import kit
 from livevlm_kernels import ArgumentError, score_tokens
 from livevlm_kernels.reference import _chunks
 

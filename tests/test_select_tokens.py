@@ -7,10 +7,10 @@ import math
 import random
 from collections import Counter
 
-import kit
 import pytest
 import torch
 
+import kit
 from livevlm_kernels import ArgumentError, select_tokens
 
 each_backend = pytest.mark.parametrize(("backend", "device"), kit.cases("select_tokens"))

@@ -42,7 +42,7 @@ void summarize_blocks(const Tensor& k, const std::optional<Tensor>& seq_lens,
     return summarize_blocks_cuda(params, current_cuda_stream(k.get_device_index()));
   }
 #endif
-  summarize_blocks_cpu(params);
+  LIVEVLM_CPU_CALL(summarize_blocks_cpu, params);
 }
 
 }  // namespace livevlm::ops

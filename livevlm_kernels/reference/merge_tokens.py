@@ -33,12 +33,12 @@ def merge_tokens(
     for factor in (sizes, weights):
         weight = weight if factor is None else weight * factor.float()
 
-    # Atomic additions would sum in another order every time: sort by group, then sum every run in token order.
+    # Atomic additions would sum in another order every time: sort by group, then sum every run in token order. Dropped
+    # tokens come last, behind all runs, and are not read.
     group, order = torch.sort(group, dim=-1, stable=True)
     bounds = torch.arange(num_groups + 1, device=k.device).expand(batch, -1).contiguous()
     offsets = torch.searchsorted(group, bounds)
-    in_group = group < num_groups
-    weight = torch.where(in_group, weight.gather(-1, order), 0.0)
+    weight = weight.gather(-1, order)
     sizes_out = segment_sum(weight[:, :, None], offsets)[:, :, 0]
 
     k_out = torch.empty((batch, num_groups, num_kv_heads, head_dim), dtype=k.dtype, device=k.device)
@@ -48,7 +48,6 @@ def merge_tokens(
         total = sizes_out[rows, :, None, None]
         for x, out in ((k, k_out), (v, v_out)):
             grouped = x[rows][row, order[rows]].float() * weight[rows, :, None, None]
-            grouped = torch.where(in_group[rows, :, None, None], grouped, 0.0)  # NaN * 0 is NaN
             sums = segment_sum(grouped.flatten(2), offsets[rows]).view(-1, *out.shape[1:])
             out[rows] = torch.where(total == 0, 0.0, sums / torch.where(total == 0, 1.0, total)).to(out.dtype)
     return k_out, v_out, sizes_out.contiguous()
@@ -69,7 +68,7 @@ def nearest_survivor(k: Tensor, indices: Tensor, valid: Tensor) -> Tensor:
     num_rows = indices.shape[1]
     nearest = torch.empty((batch, seq_len), dtype=torch.long, device=k.device)
     for b in range(batch):
-        keys = unit(torch.where(valid[b, :, None], k[b].flatten(1), 0.0).float())
+        keys = unit(k[b].flatten(1).float())
         targets = keys[index[b]].T
         for part in chunks(seq_len, num_rows):
             cosine = torch.where(survives[b], keys[part] @ targets, -torch.inf)

@@ -41,6 +41,9 @@ class LlavaOnevisionAdapter:
         self.image_token_id: int = config.image_token_id
         self.image_size: int = vision.image_size
         self.tokens_per_frame: int = math.ceil(vision.image_size // vision.patch_size / 2) ** 2
+        devices = {str(weight.device) for weight in self.language_model.parameters()}
+        if len(devices) > 1:
+            raise ModelError(f"the language model is spread over {', '.join(sorted(devices))}; one device is supported")
         self._lean = config.vision_feature_layer == -1 and config.vision_feature_select_strategy == "full"
 
     @property

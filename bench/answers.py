@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of the embedded checkpoint under every policy, at a quarter of the video's tokens.
 
-    python bench/bench_answers.py [--videos 64] [--out bench/results/answers_tiny.csv]
+    python bench/answers.py [--videos 64] [--out bench/results/answers_tiny.csv]
 
 64 generated videos of 64 frames, 16 questions each at the end, compressed while they stream (8 frames at a time). All
 rows see the same videos and questions. Questions about one video are correlated, so the 95 % interval (`ci95`, plus or

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams on a GPU: the same answers as on the CPU, stock transformers' hidden states, flat memory."""
+
+from __future__ import annotations
+
+import livevlm
+import pytest
+import torch
+from livevlm import Config, LiveCache, Stream
+from livevlm.synthetic import generate
+from streams import PROMPT, pixels, tiny_random, times
+from test_parity import FULL, clip_sizes, stock, streamed
+
+pytestmark = pytest.mark.cuda
+
+SETTINGS = {
+    "full": {"policy": "full"},
+    "similarity": {"policy": "similarity"},
+    "vision_sink": {"policy": "vision_sink", "scope": "shared"},
+    "clip_merge": {"policy": "clip_merge", "scope": "shared"},
+    "uniform": {"policy": "uniform"},
+    "mean_key": {"policy": "full", "retrieval": "mean_key", "pooling": "softmax"},
+    "frame": {"policy": "similarity", "retrieval": "frame", "num_retrieved_frames": 8},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_answers_as_on_the_cpu(name: str) -> None:
+    config = Config(**{"budget": 256, "retrieval": "none", "clip_frames": 8, **SETTINGS[name]})
+    answers: dict[str, list[str]] = {}
+    for device in ("cpu", "cuda"):
+        checkpoint = livevlm.load("tiny", device=device, dtype=torch.float32)
+        answers[device] = []
+        for video in generate(48, seed=400, num_videos=3):
+            stream = Stream(checkpoint.model, checkpoint.processor, config)
+            stream.push(video.frames)
+            answers[device] += [stream.ask(q.text) for q in video.questions(16, seed=1)]
+    same = sum(a == b for a, b in zip(answers["cpu"], answers["cuda"], strict=True))
+    assert same >= 46, f"{same} of 48"  # a tie between two scores may fall the other way
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("clip", [1, 5, 7, 24])
+def test_close_to_stock_chunked(clip: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Not bit-equal: the flash kernel reads causality from a flag, stock transformers from a mask."""
+    with torch.device("cuda"):
+        model = tiny_random(dtype).cuda()
+    frames = [part.cuda() for part in pixels(24).split(clip_sizes(clip))]
+    expected = stock(model, frames).float()
+    error = (streamed(model, frames, FULL).float() - expected).norm() / expected.norm()
+    assert error < tolerance
+
+
+def test_gpu_memory_is_flat() -> None:
+    model = tiny_random().cuda()
+    cache = LiveCache(model, Config(policy="vision_sink", budget=1024, retrieval="none", clip_frames=64))
+    cache.prefill_prompt(PROMPT)
+    clip = pixels(64).cuda()
+    used = []
+    for start in range(0, 64 * 60, 64):
+        cache.push(clip, times(64, start))
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert len(set(used[20:])) == 1, used
