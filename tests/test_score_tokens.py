@@ -115,8 +115,9 @@ def test_rope_at_read(position_dtype, backend, device):
     torch.testing.assert_close(
         result.double(), naive(q, rotated(k, positions, angle), causal=True), rtol=2e-4, atol=1e-6
     )
-    shared = score_tokens(q, k, positions=positions[:1].expand(2, -1), cos_sin_cache=cache_of(angle), backend=backend)
-    assert torch.equal(shared[0], score_tokens(q, k, positions=positions, cos_sin_cache=cache_of(angle))[0])
+    options = {"cos_sin_cache": cache_of(angle), "backend": backend}
+    expanded = score_tokens(q, k, positions=positions[:1].expand(2, -1), **options)
+    assert torch.equal(expanded[0], score_tokens(q, k, positions=positions, **options)[0])
 
 
 @each_backend

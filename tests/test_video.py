@@ -159,13 +159,21 @@ def test_whole_file_does_not_break_off(tmp_path: Path) -> None:
 
 
 def test_frame_that_does_not_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(cv2.VideoCapture):
-        retrieved = 0
+    class Broken:
+        """The real thing up to the fourth frame.  Not a subclass: instances of one crash Python's collector."""
 
-        def retrieve(self, *args: object) -> tuple[bool, object]:
-            type(self).retrieved += 1
-            return super().retrieve() if self.retrieved <= 3 else (False, None)
+        def __init__(self, *args: object) -> None:
+            self.real = real(*args)
+            self.retrieved = 0
 
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.real, name)
+
+        def retrieve(self) -> tuple[bool, object]:
+            self.retrieved += 1
+            return self.real.retrieve() if self.retrieved <= 3 else (False, None)
+
+    real = cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", Broken)
     good, error = read_until_error(SAMPLE)
     assert [time for time, _ in good] == pytest.approx([0, 1, 2])

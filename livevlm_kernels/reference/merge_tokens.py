@@ -49,7 +49,7 @@ def merge_tokens(
         for x, out in ((k, k_out), (v, v_out)):
             grouped = x[rows][row, order[rows]].float() * weight[rows, :, None, None]
             sums = segment_sum(grouped.flatten(2), offsets[rows]).view(-1, *out.shape[1:])
-            out[rows] = torch.where(total == 0, 0.0, sums / torch.where(total == 0, 1.0, total)).to(out.dtype)
+            out[rows] = torch.where(total == 0, 0.0, sums / total).to(out.dtype)
     return k_out, v_out, sizes_out.contiguous()
 
 
