@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# TORCH and TRITON choose the versions; LIVEVLM_CUDA, LIVEVLM_CUDA_ARCHS and MAX_JOBS (setup.py) choose the build.
+# TORCH, TRITON and TRANSFORMERS choose versions; LIVEVLM_CUDA, LIVEVLM_CUDA_ARCHS and MAX_JOBS (setup.py) the build.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
+TRANSFORMERS ?= transformers==5.17.0
 QUESTION ?= What happens in this video?
 
 PIP := $(VENV)/bin/pip --disable-pip-version-check
@@ -19,7 +20,7 @@ setup: $(VENV)/.installed
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "$(TORCH)"
-	$(PIP) install -q 'setuptools>=77' cmake ninja
+	$(PIP) install -q "$(TRANSFORMERS)" 'setuptools>=77' cmake ninja
 	touch $@
 
 # An editable install: Python sources count at once, C++ and CUDA sources bring this rule back.

@@ -30,6 +30,8 @@ _FACTS = {
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # names the build too, such as +cu130
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

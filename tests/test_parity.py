@@ -42,7 +42,11 @@ def stock(model: torch.nn.Module, frames: list[Tensor]) -> Tensor:
     """The same through transformers alone: one forward pass a clip over a DynamicCache."""
     inner = model.model
     cache = DynamicCache(config=model.config.get_text_config())
-    embed = inner.language_model.get_input_embeddings()
+    embeddings = inner.language_model.get_input_embeddings()
+
+    def embed(token_ids: Tensor) -> Tensor:
+        return embeddings(token_ids.to(embeddings.weight.device))
+
     parts = [embed(PROMPT)[None]]
     parts += [inner.get_video_features(clip[None].to(model.dtype)).pooler_output for clip in frames]
     parts += [torch.cat((inner.image_newline[None], embed(QUESTION)))[None]]
