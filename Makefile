@@ -5,7 +5,6 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 TRANSFORMERS ?= transformers==5.17.0
-QUESTION ?= What happens in this video?
 
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
@@ -35,9 +34,13 @@ $(VENV)/.dev: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install -q --no-build-isolation -e '.[dev]' 'numpy<2.4'
 	touch $@
 
-## make demo: asks about the sample video
+## make demo: a small model watches the sample video with a quarter of its tokens and answers eight questions
 demo: setup
-	$(VENV)/bin/livevlm ask examples/sample.mp4 "$(QUESTION)"
+	$(VENV)/bin/livevlm ask examples/sample.mp4 --budget 25% \
+	  --at 00:20 "What colour was the circle?" \
+	  "What colour was the ring?" "What shape was the green one?" "Where was the yellow bar?" \
+	  "Did a purple triangle appear?" "What shape came before the diamond?" \
+	  "What shape came after the circle?" "What shape is at c2 now?"
 
 ## make test: all tests; Triton kernels run on the CPU in the second line
 test: $(VENV)/.dev

@@ -12,7 +12,6 @@ import torch
 
 import kit
 
-
 torch.set_num_threads(1)  # these tensors are small: more threads only wait for each other
 
 

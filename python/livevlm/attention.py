@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -68,8 +69,20 @@ class Read:
         # The first layer's last query is the same whatever is asked: its token is the chat template's.
         if self.turn is not None and self.turn.want_mass and layer > 0:
             self._record_mass(layer, slots, q[-1:], k, scaling)
-        as_heads = tuple(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out, _ = sdpa_attention_forward(module, *as_heads, self._causal_mask(q, k), scaling=scaling, dropout=0.0)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        return self._attention(module, q, k, v, scaling)
+
+    def _attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """Causal attention, the queries being the last tokens; `[1, heads, tokens, head_dim]`, rotated."""
+        num_new, num_keys = q.shape[2], k.shape[2]
+        mask = None  # one row sees everything; a square is SDPA's own causal flag
+        if num_new not in (1, num_keys):
+            if q.is_cuda:  # the flash kernel takes causality as a flag, and K and V unrepeated
+                marker: Any = causal_lower_right(num_new, num_keys)
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=marker, scale=scaling, enable_gqa=True)
+                return out.transpose(1, 2)
+            mask = self._causal_mask(num_new, num_keys, q.device)
+        out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, dropout=0.0)
         return out
 
     def _slots(self, layer: int, q: Tensor) -> Tensor | None:
@@ -95,16 +108,11 @@ class Read:
         chosen = position[self.memory.base : self.memory.end] if slots is None else position.index_select(0, slots)
         return self.rope.angles(chosen, k)
 
-    def _causal_mask(self, q: Tensor, k: Tensor) -> Any:
-        num_new, num_keys = q.shape[0], k.shape[0]
-        if num_new in (1, num_keys):
-            return None  # one row sees everything; a square is SDPA's own causal flag
+    def _causal_mask(self, num_new: int, num_keys: int, device: torch.device) -> Tensor:
+        """As transformers builds it, so that the same kernel computes the same bits; one for all layers."""
         if self._mask is None:
-            if q.is_cuda:  # a marker, not a tensor: the flash kernel keeps running and nothing is materialised
-                self._mask = causal_lower_right(num_new, num_keys)
-            else:
-                row = torch.arange(num_keys - num_new, num_keys, device=q.device)
-                self._mask = (torch.arange(num_keys, device=q.device) <= row[:, None])[None, None]
+            row = torch.arange(num_keys - num_new, num_keys, device=device)
+            self._mask = (torch.arange(num_keys, device=device) <= row[:, None])[None, None]
         return self._mask
 
     def _record_mass(self, layer: int, slots: Tensor | None, q: Tensor, k: Tensor, scaling: float) -> None:

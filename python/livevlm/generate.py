@@ -31,7 +31,7 @@ _REFUSED: dict[str, tuple[Any, str]] = {
 
 @torch.no_grad()
 def next_logits(cache: LiveCache, embeds: Tensor) -> Tensor:
-    """Reads embeddings `[num_tokens, hidden]` of the question or the answer; logits `[1, vocab_size]` of what follows."""
+    """Reads embeddings `[num_tokens, hidden]` of question or answer; logits `[1, vocab_size]` of what follows."""
     output = cache.adapter.language_model(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
     return cache.adapter.logits(output.last_hidden_state[:, -1])
 
@@ -112,7 +112,7 @@ def checked_generate(
 
 
 def _push_video(cache: LiveCache, ids: Tensor, pixel_values_videos: Tensor | None) -> Tensor:
-    """Reads what stands before and in the video tokens of `ids`, all checked first; returns the question's token ids."""
+    """Reads what stands before and in the video tokens of `ids`, after all checks; returns the question's ids."""
     adapter = cache.adapter
     if bool((ids == adapter.image_token_id).any()):
         raise QuestionError("input_ids hold image tokens; only videos can be streamed")

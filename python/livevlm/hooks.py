@@ -43,6 +43,7 @@ class _Hooks:
         self.rope: nn.Module = language_model.rotary_emb
         self.identity = IdentityRope(head_dim)
         self.stock_attention: str | None = None
+        self.cache: Any = None  # the LiveCache being read
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         from livevlm.cache import LiveCache
@@ -50,22 +51,23 @@ class _Hooks:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, LiveCache):
             return
+        if self.cache is not None:
+            raise StateError("the model is in the middle of a call with a LiveCache; one thread at a time can use it")
         cache.begin_forward(module, kwargs)
+        self.cache = cache
         config = module.config
         self.stock_attention = config._attn_implementation
         config._attn_implementation = ATTENTION
         module._modules["rotary_emb"] = self.identity
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        from livevlm.cache import LiveCache
-
-        if self.stock_attention is not None:
-            module.config._attn_implementation = self.stock_attention
-            module._modules["rotary_emb"] = self.rope
-            self.stock_attention = None
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, LiveCache):
-            cache.end_forward(failed=output is None)
+        cache = self.cache
+        if kwargs.get("past_key_values") is not cache or cache is None:
+            return
+        module.config._attn_implementation = self.stock_attention
+        module._modules["rotary_emb"] = self.rope
+        self.cache = None
+        cache.end_forward(failed=output is None)
 
 
 def attach(model: Any, language_model: Any, head_dim: int) -> nn.Module:

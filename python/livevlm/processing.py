@@ -73,7 +73,7 @@ class Processor:
         return cls(tokenizer, tuple(mean), tuple(std), getattr(processor, "chat_template", None))
 
     def pixels(self, frames: Tensor, image_size: int) -> Tensor:
-        """uint8 frames `[num_frames, 3, height, width]` to normalised float32 `[num_frames, 3, image_size, image_size]`.
+        """Frames, uint8 `[num_frames, 3, h, w]`, to normalised `[num_frames, 3, image_size, image_size]`, float32.
 
         Resizing happens on the device of `frames`: bicubic with antialiasing. On the CPU it is bit-identical to the
         stock video processor; CUDA has no uint8 resize, so there it runs in float32 and is rounded to whole levels.

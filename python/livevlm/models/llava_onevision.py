@@ -69,8 +69,9 @@ class LlavaOnevisionAdapter:
             hidden = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
             features = self.inner.apply_pooling(self.inner.multi_modal_projector(hidden))
         else:
-            features = self.inner.get_video_features(pixel_values=pixel_values[None]).pooler_output
-        return features.reshape(-1, features.shape[-1])
+            features = self.inner.get_video_features(pixel_values[None]).pooler_output
+        # Later versions of transformers let get_video_features append the newline that ends a video: not wanted yet.
+        return features.reshape(-1, features.shape[-1])[: pixel_values.shape[0] * self.tokens_per_frame]
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Token ids `[num_tokens]` -> `[num_tokens, hidden]`."""
