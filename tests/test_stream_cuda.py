@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 import livevlm
 from livevlm import Config, LiveCache, Stream
@@ -63,3 +64,34 @@ def test_gpu_memory_is_flat() -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert len(set(used[20:])) == 1, used
+
+
+def test_a_real_shape_with_default_settings() -> None:
+    """The 0.5B shape (group size 7, 196 tokens a frame) in bfloat16 with random weights, beyond the default budget."""
+    config = LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+            "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2", "vocab_size": 152_000, "hidden_size": 896, "intermediate_size": 4864,
+            "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+        },
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = LlavaOnevisionForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+    stream = Stream(model, livevlm.load("tiny", device="cpu").processor)
+    clip = torch.randint(0, 256, (32, 3, 360, 640), dtype=torch.uint8)
+    for _ in range(3):
+        stream.push(clip)
+    stats = stream.stats()
+    assert (stats.num_seen_tokens, stats.num_video_tokens) == (96 * 196, 12_000)
+    assert stats.kv_bytes == (12_000 + 2) * 12_288
+    memory = stream.cache.memory
+    before = [t[:, : memory.video_end].clone() for t in memory.tensors]
+    first, second = (stream.ask("what colour was the star ?", max_new_tokens=4) for _ in range(2))
+    assert first == second and first.num_tokens == second.num_tokens and first.evidence == second.evidence
+    assert all(torch.equal(t[:, : memory.video_end], b) for t, b in zip(memory.tensors, before, strict=True))
+    assert not memory.k[:, memory.base : memory.video_end].isnan().any()
