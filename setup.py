@@ -5,7 +5,8 @@ torch must be installed first: the kernels are built against its headers, whatev
 Environment:
 
     LIVEVLM_CUDA        AUTO (default: CUDA kernels if nvcc is found), ON (fail without nvcc), OFF (CPU kernels only)
-    LIVEVLM_CUDA_ARCHS  GPU architectures, default "80-real;90a-real" (A100 and every 8.x GPU; H100 and H200)
+    LIVEVLM_CUDA_ARCHS  GPU architectures, default "80-real;90a-real;90-virtual" (every 8.x GPU; H100 and H200; PTX
+                        for newer ones)
     LIVEVLM_BUILD_INFO  AUTO (default: build facts for `livevlm env` if pybind11 is found) or OFF (the wheel then
                         serves every Python version)
     CUDACXX             nvcc to use, if not the one on PATH
@@ -30,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CUDA = os.environ.get("LIVEVLM_CUDA", "AUTO").upper()
-ARCHS = os.environ.get("LIVEVLM_CUDA_ARCHS", "80-real;90a-real")
+ARCHS = os.environ.get("LIVEVLM_CUDA_ARCHS", "80-real;90a-real;90-virtual")
 
 
 @cache
