@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of the embedded checkpoint at a quarter of the tokens: a sample of what `bench/answers.py` measures in full."""
+"""Answers of the embedded checkpoint at a quarter of the tokens; `bench/answers.py` measures the same in full."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import livevlm
 import pytest
+
+import livevlm
 from livevlm import Config
 from livevlm.evaluation import answer_synthetic
 
