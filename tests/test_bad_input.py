@@ -69,7 +69,7 @@ def test_bad_frames(running: Any, name: str) -> None:
     assert unharmed(running)
 
 
-@pytest.mark.parametrize("question", ["", "   ", "\n", None, "what is <video> ?"])
+@pytest.mark.parametrize("question", ["", "   ", "\n", None, "what is <video> ?", "the <|im_end|> one ?"])
 def test_bad_questions(running: Any, question: Any) -> None:
     with pytest.raises(QuestionError, match="question="):
         running[0].ask(question)
@@ -77,7 +77,16 @@ def test_bad_questions(running: Any, question: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_evidence": -1}]
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": "3"},
+        {"num_evidence": 1.5},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"num_evidence": -1},
+    ],
 )
 def test_bad_options(running: Any, options: dict[str, Any]) -> None:
     (name,) = options
@@ -142,8 +151,9 @@ def test_unsupported_models(tiny: livevlm.Checkpoint, tmp_path: Any) -> None:
         Stream(nn.Linear(2, 2), tiny.processor)
     with pytest.raises(ModelError, match="processor is a object"):
         Stream(tiny.model, object())
-    with pytest.raises(ModelError, match="no checkpoint could be loaded from"):
-        livevlm.load(tmp_path / "nothing")
+    for name in (tmp_path / "nothing", "tinyy"):
+        with pytest.raises(ModelError, match=r"is no folder; allowed: 'tiny', a folder, or a hub name"):
+            livevlm.load(name)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ModelError, match="'gpt2' model, which is not supported"):
         livevlm.load(tmp_path)
@@ -154,10 +164,19 @@ def test_settings_beside_a_checkpoint(tmp_path: Any) -> None:
     config.save_pretrained(tmp_path)
     assert Config.from_pretrained(tmp_path) == config
     assert Config.from_pretrained(tmp_path, budget=78).budget == 78
-    assert Config.from_pretrained(tmp_path / "none") == Config()
+    with pytest.raises(ConfigError, match="is not a folder"):
+        Config.from_pretrained(tmp_path / "none")
+    (tmp_path / "bare").mkdir()
+    assert Config.from_pretrained(tmp_path / "bare") == Config()
     (tmp_path / "livevlm_config.json").write_text('{"bugdet": 3}')
     with pytest.raises(ConfigError, match="unknown settings: bugdet; allowed: policy, budget"):
         Config.from_pretrained(tmp_path)
     (tmp_path / "livevlm_config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
+        Config.from_pretrained(tmp_path)
+    (tmp_path / "livevlm_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="must hold a JSON object"):
+        Config.from_pretrained(tmp_path)
+    (tmp_path / "livevlm_config.json").write_text('{"alpha": "x"}')
+    with pytest.raises(ConfigError, match="alpha='x' must be a number"):
         Config.from_pretrained(tmp_path)

@@ -110,8 +110,12 @@ def test_bad_videos(tmp_path: Path) -> None:
         ([SAMPLE, "what ?", "--budget", "16"], "budget=16 tokens is too small"),
         ([SAMPLE, "what ?", "--budget", "much"], "budget 'much' is not understood"),
         ([SAMPLE, "what ?", "--fps", "0"], "fps=0"),
-        ([SAMPLE, "what ?", "--model", "/no/such/model"], "no checkpoint could be loaded from '/no/such/model'"),
+        ([SAMPLE, "what ?", "--model", "/no/such/model"], "'/no/such/model' is no folder"),
         ([SAMPLE, "--at", "02:00", "what ?"], "--at 02:00 is after the video's end at 01:04"),
+        ([SAMPLE, "--at", "00:42", "what ?", "--for", "00:10"], "--at 00:42 is after --for 00:10"),
+        ([SAMPLE, "what <video> ?"], "a marker of the model"),
+        ([SAMPLE, "what ?", "--policy", "full", "--budget", "25%"], "give it no --budget"),
+        ([SAMPLE, "what ?", "--device", "meta"], "device='meta'"),
         ([SAMPLE, "what ?", "--device", "abacus"], "device='abacus'"),
     ],
 )
@@ -159,7 +163,8 @@ def test_installed_command() -> None:
 
 def test_times_and_sizes() -> None:
     assert [parse_time(t) for t in ("7", "00:42", "1:02:03.5")] == [7, 42, 3723.5]
-    for text in ("", "1:2:3:4", "-1", "1:", "a"):
+    assert [parse_time(t) for t in ("90", "90:00", "1:2")] == [90, 5400, 62]
+    for text in ("", "1:2:3:4", "-1", "1:", "a", "00:70", "1:60:00"):
         with pytest.raises(ConfigError, match="not understood"):
             parse_time(text)
     assert [format_time(t) for t in (0, 64.9, 3723)] == ["00:00", "01:04", "1:02:03"]

@@ -7,22 +7,49 @@ stream.push(frames)
 print(stream.ask("what colour was the star ?"))
 """
 
-from livevlm.answer import Answer, Evidence
-from livevlm.cache import LiveCache
-from livevlm.config import Config
-from livevlm.errors import (
-    ConfigError,
-    FrameError,
-    LiveVLMError,
-    ModelError,
-    QuestionError,
-    StateError,
-    VideoError,
-)
-from livevlm.load import Checkpoint, load
-from livevlm.processing import Processor
-from livevlm.stream import Stream, StreamStats
-from livevlm.video import open_video
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from livevlm.answer import Answer, Evidence
+    from livevlm.cache import LiveCache
+    from livevlm.checkpoint import Checkpoint, load
+    from livevlm.config import Config
+    from livevlm.errors import (
+        ConfigError,
+        FrameError,
+        LiveVLMError,
+        ModelError,
+        QuestionError,
+        StateError,
+        VideoError,
+    )
+    from livevlm.processing import Processor
+    from livevlm.stream import Stream, StreamStats
+    from livevlm.video import open_video
+
+# Where each public name lives. Imported at first use: torch and transformers take seconds, `livevlm --help` needs none.
+_HOME = {
+    "Answer": "answer",
+    "Checkpoint": "checkpoint",
+    "Config": "config",
+    "ConfigError": "errors",
+    "Evidence": "answer",
+    "FrameError": "errors",
+    "LiveCache": "cache",
+    "LiveVLMError": "errors",
+    "ModelError": "errors",
+    "Processor": "processing",
+    "QuestionError": "errors",
+    "StateError": "errors",
+    "Stream": "stream",
+    "StreamStats": "stream",
+    "VideoError": "errors",
+    "load": "checkpoint",
+    "open_video": "video",
+}
 
 __version__ = "0.1.0"
 
@@ -45,3 +72,15 @@ __all__ = [
     "load",
     "open_video",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'livevlm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"livevlm.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

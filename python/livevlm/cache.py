@@ -15,13 +15,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from livevlm import hooks
 from livevlm.attention import Read, Turn
 from livevlm.config import Config
-from livevlm.errors import FrameError, QuestionError, StateError
+from livevlm.errors import ConfigError, FrameError, QuestionError, StateError
 from livevlm.generate import checked_generate
 from livevlm.memory import Memory
 from livevlm.models import adapter_for
 from livevlm.policies import QueryWindow, policy_for
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class LiveCache(Cache):
         self.config = config or Config()
         self.adapter = adapter_for(model)
         shape = self.adapter.kv_shape()
+        if shape.dtype not in FLOATS and self.config.policy != "full":
+            allowed = "float32, float16 or bfloat16"
+            raise ConfigError(f"policy={self.config.policy!r} needs a model in {allowed}, not {shape.dtype}")
         tokens_per_frame = self.adapter.tokens_per_frame
         self.budget = self.config.budget_tokens(shape.bytes_per_token, tokens_per_frame)
         self.retrieval = Retrieval(self.config, tokens_per_frame)
@@ -89,7 +94,7 @@ class LiveCache(Cache):
         self.num_frames = 0
         self.read: Read | None = None
         self._turn: Turn | None = None
-        self._reading: Literal["prompt", "video", "question"] = "question"
+        self._doing: Literal["read", "answer"] | None = None
         self._prompt: Tensor | None = None
         self._new_memory()
         super().__init__(layers=[_LiveLayer(self, layer) for layer in range(shape.num_layers)])
@@ -101,45 +106,52 @@ class LiveCache(Cache):
         self.memory = Memory(shape, self.retrieval.block_size, bound + 512)  # 512: prompt and question
         self.queries = QueryWindow(shape, self.policy.num_queries)
 
-    # ---------------------------------------------------------------- called by the hooks
-    def begin_forward(self, language_model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Opens slots for the tokens of a forward pass and decides what they attend to."""
+    # ---------------------------------------------------------------- called by livevlm.hooks
+    @contextmanager
+    def reading(self, language_model: nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Around a forward pass: opens slots for its tokens and decides what they attend to. A failure leaves none."""
         if language_model is not self.adapter.language_model:
             raise StateError("this LiveCache belongs to another model")
-        if self.read is not None:
-            raise StateError("this LiveCache is already being read by another call")
+        if self.adapter.kv_shape() != self.memory.shape:
+            raise StateError("the model's dtype or device has changed since this LiveCache was made; make a new one")
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         if tokens.shape[0] != 1:
             raise QuestionError(f"batch size {tokens.shape[0]} is not supported with a LiveCache; allowed: 1")
-        if self._reading == "question" and self._turn is None:
+        is_question = self._doing != "read"
+        opened = is_question and self._turn is None
+        if opened:
             self.begin_question()
-        where = self.memory.begin(tokens.shape[1])
-        start = self.num_stream_tokens + where.start - self.memory.video_end
-        self.memory.position[:, where] = torch.arange(
-            start, start + tokens.shape[1], dtype=torch.int32, device=self.memory.shape.device
-        )
-        is_question = self._reading == "question"
-        self.read = Read(
-            self.memory,
-            self.rope,
-            self.config,
-            self.retrieval,
-            where,
-            turn=self._turn if is_question else None,
-            observe=self.queries.observe if self._reading == "video" else None,
-        )
+        start = self.memory.end
+        try:
+            where = self.memory.begin(tokens.shape[1])
+            first = self.num_stream_tokens + where.start - self.memory.video_end
+            self.memory.position[:, where] = torch.arange(
+                first, first + tokens.shape[1], dtype=torch.int32, device=self.memory.shape.device
+            )
+            self.read = Read(
+                self.memory,
+                self.rope,
+                self.config,
+                self.retrieval,
+                where,
+                turn=self._turn if is_question else None,
+                observe=None if is_question else self.queries.observe,
+            )
+            yield
+        except BaseException:
+            self.memory.end = start
+            if opened:
+                self.end_question()
+            raise
+        finally:
+            self.read = None
 
     def write(self, layer: int, key_states: Tensor, value_states: Tensor) -> None:
         """Stores the un-rotated keys and the values of one layer, `[1, num_kv_heads, num_new, head_dim]`."""
         if self.read is None:
             raise StateError("this LiveCache was given to a model it was not made for; call LiveCache(model) first")
-        self.memory.k[layer, self.read.where] = key_states[0].transpose(0, 1)
-        self.memory.v[layer, self.read.where] = value_states[0].transpose(0, 1)
-
-    def end_forward(self, failed: bool) -> None:
-        if failed and self.read is not None:
-            self.memory.end = self.read.where.start
-        self.read = None
+        self.memory.k[layer, self.read.where] = key_states[0].detach().transpose(0, 1)
+        self.memory.v[layer, self.read.where] = value_states[0].detach().transpose(0, 1)
 
     # ---------------------------------------------------------------- writing the stream
     @property
@@ -160,10 +172,16 @@ class LiveCache(Cache):
             return
         if self.num_frames:
             raise StateError("the prompt before the video must be read before the first frame")
-        if token_ids.numel():
-            self._forward("prompt", self.adapter.embed_tokens(token_ids))
-            self.memory.commit_prompt()
-        self._prompt = token_ids.cpu().clone()
+        with self._exclusively("read"):
+            if token_ids.numel():
+                try:
+                    self._forward(self.adapter.embed_tokens(token_ids))
+                    self.queries.rollback()  # text: no vision queries
+                    self.memory.commit_prompt()
+                except BaseException:
+                    self.memory.rollback()
+                    raise
+            self._prompt = token_ids.cpu().clone()
 
     @torch.no_grad()
     def push(self, pixel_values: Tensor, times: Tensor) -> None:
@@ -177,7 +195,6 @@ class LiveCache(Cache):
             FrameError: wrong shape, or values that are not finite; nothing is read.
             StateError: an answer is being generated.
         """
-        self._require_idle("push frames")
         size = self.adapter.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise FrameError(
@@ -185,16 +202,20 @@ class LiveCache(Cache):
             )
         if not bool(torch.isfinite(pixel_values).all()):
             raise FrameError("pixel_values holds NaN or infinite values; allowed: finite ones")
+        times = torch.as_tensor(times, dtype=torch.float64)
+        if tuple(times.shape) != (pixel_values.shape[0],) or not bool(torch.isfinite(times).all()):
+            raise FrameError(f"times must be {pixel_values.shape[0]} finite seconds, one for each frame")
         clip = self.config.clip_frames
-        for start in range(0, pixel_values.shape[0], clip):
-            self._push_clip(pixel_values[start : start + clip], times[start : start + clip])
+        with self._exclusively("read"):
+            for start in range(0, pixel_values.shape[0], clip):
+                self._push_clip(pixel_values[start : start + clip], times[start : start + clip])
 
     def _push_clip(self, pixel_values: Tensor, times: Tensor) -> None:
         memory, per_frame = self.memory, self.adapter.tokens_per_frame
         num_frames, device = pixel_values.shape[0], self.memory.shape.device
         first = self.num_stream_tokens
         try:
-            where = self._forward("video", self.adapter.embed_frames(pixel_values))
+            where = self._forward(self.adapter.embed_frames(pixel_values))
             frame = torch.arange(self.num_frames, self.num_frames + num_frames, device=device)
             slot = torch.arange(per_frame, device=device)
             memory.describe(
@@ -214,23 +235,32 @@ class LiveCache(Cache):
         self.retrieval.memory_changed()
         self.num_frames += num_frames
 
-    def _forward(self, reading: Literal["prompt", "video"], embeds: Tensor) -> slice:
-        self._reading = reading
+    def _forward(self, embeds: Tensor) -> slice:
         start = self.memory.end
-        try:
-            self.adapter.language_model(inputs_embeds=embeds[None], past_key_values=self, use_cache=True)
-        finally:
-            self._reading = "question"
+        self.adapter.language_model(inputs_embeds=embeds[None], past_key_values=self, use_cache=True)
         return slice(start, self.memory.end)
 
     # ---------------------------------------------------------------- questions
-    def _require_idle(self, what: str) -> None:
-        if self._turn is not None:
-            raise StateError(f"cannot {what} while an answer is being generated; finish or close it first")
+    def _require_idle(self) -> None:
+        if self.memory.damaged:
+            raise StateError("a failure interrupted the memory while tokens were being moved; call reset()")
+        if self._doing == "answer":
+            raise StateError("an answer is being generated; finish or close it first")
+        if self._doing is not None:
+            raise StateError("another thread is reading frames into this stream")
+
+    @contextmanager
+    def _exclusively(self, doing: Literal["read"]) -> Iterator[None]:
+        self._require_idle()
+        self._doing = doing
+        try:
+            yield
+        finally:
+            self._doing = None
 
     def require_askable(self) -> None:
         """Raises StateError if no question can be asked now; see `begin_question`."""
-        self._require_idle("ask")
+        self._require_idle()
         if not self.num_frames:
             raise StateError("no frame has been pushed yet; push at least one before asking")
 
@@ -243,12 +273,12 @@ class LiveCache(Cache):
             StateError: no frame has been seen, or another answer is being generated.
         """
         self.require_askable()
-        self._turn = Turn({}, {}, want_mass)
+        self._doing, self._turn = "answer", Turn({}, {}, want_mass)
         return self._turn
 
     def end_question(self) -> None:
         """Forgets question and answer; the memory is bit for bit what it was before."""
-        self._turn = None
+        self._doing = self._turn = None
         self.memory.rollback()
 
     @contextmanager
@@ -270,7 +300,8 @@ class LiveCache(Cache):
 
     def reset(self) -> None:
         """Forgets the whole stream."""
-        self._require_idle("reset")
+        if self._doing is not None:
+            self._require_idle()
         self.num_frames = 0
         self._prompt = None
         self.retrieval.memory_changed()

@@ -95,6 +95,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("clip_keep_ratio", "recent_ratio", "retrieval_ratio", "scatter_ratio", "alpha"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
         for name in ("clip_keep_ratio", "recent_ratio", "retrieval_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be above 0 and at most 1")
@@ -142,16 +145,22 @@ class Config:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides: Any) -> Self:
-        """The settings beside a checkpoint (defaults if there are none), with `overrides` on top.
+        """The settings in a local checkpoint's folder (defaults if it has none), with `overrides` on top.
 
         Raises:
-            ConfigError: the file is not valid JSON or has a setting this version does not know.
+            ConfigError: there is no such folder, or its file is not valid JSON or has a setting this version does not
+                know.
         """
+        if not Path(folder).is_dir():
+            raise ConfigError(f"{str(folder)!r} is not a folder; elsewhere take livevlm.load(...).config")
+
         path = Path(folder, CONFIG_FILE)
         try:
             found = json.loads(path.read_text()) if path.exists() else {}
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} must hold a JSON object of settings")
         unknown = sorted(set(found) | set(overrides))
         unknown = [name for name in unknown if name not in {field.name for field in fields(cls)}]
         if unknown:

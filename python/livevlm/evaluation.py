@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import variance
 
+from livevlm.checkpoint import Checkpoint
 from livevlm.config import Config
-from livevlm.load import Checkpoint
 from livevlm.stream import Stream
 from livevlm.synthetic import generate
 

@@ -38,7 +38,7 @@ def as_frames(frames: Any) -> Tensor:
     else:
         try:
             array = np.asarray(frames.convert("RGB") if hasattr(frames, "convert") else frames)
-            tensor = torch.from_numpy(np.ascontiguousarray(array))
+            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # torch wants them writable
         except (TypeError, ValueError):
             raise FrameError(
                 f"frames is a {type(frames).__name__}; allowed: tensors, arrays, PIL images, or sequences of them"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The narrow seam to transformers: what is changed on a model, when, and how it is undone.
 
-`attach` registers two hooks on the language model and wraps `generate`. They act only on calls whose
-`past_key_values` is a LiveCache; during such a call the attention function and the rotary embedding are exchanged and
-put back afterwards, error or not. Every other use of the model runs the stock code, bit for bit.
+`attach` wraps two methods of a model: `generate`, and its language model's `forward`. The wrappers act only on calls
+whose `past_key_values` is a LiveCache; during such a forward pass the attention function and the rotary embedding are
+exchanged and put back afterwards, error or Ctrl-C or not. All other use of the model runs the stock code, bit for bit.
 """
 
 from __future__ import annotations
@@ -36,57 +36,67 @@ def live_attention(
 AttentionInterface.register(ATTENTION, live_attention)
 
 
-class _Hooks:
-    """Exchanges attention and rotary embedding around a forward pass over a LiveCache."""
+class LiveForward:
+    """Stands before a language model's `forward`.
 
-    def __init__(self, language_model: Any, head_dim: int) -> None:
-        self.rope: nn.Module = language_model.rotary_emb
+    A wrapper and not a pair of forward hooks: torch skips hooks after a KeyboardInterrupt, which would leave the model
+    unusable. An object and not a closure: so a model can still be copied and pickled, and the copy refers to itself.
+    """
+
+    def __init__(self, module: Any, head_dim: int) -> None:
+        self.module = module
+        self.stock = module.forward
+        self.rope: nn.Module = module.rotary_emb
         self.identity = IdentityRope(head_dim)
-        self.stock_attention: str | None = None
-        self.cache: Any = None  # the LiveCache being read
+        self.busy = False
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from livevlm.cache import LiveCache
 
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, LiveCache):
-            return
-        if self.cache is not None:
+            return self.stock(*args, **kwargs)
+        if self.busy:
             raise StateError("the model is in the middle of a call with a LiveCache; one thread at a time can use it")
-        cache.begin_forward(module, kwargs)
-        self.cache = cache
-        config = module.config
-        self.stock_attention = config._attn_implementation
-        config._attn_implementation = ATTENTION
-        module._modules["rotary_emb"] = self.identity
+        self.busy = True
+        try:
+            with cache.reading(self.module, kwargs):
+                return self._exchanged(args, kwargs)
+        finally:
+            self.busy = False
 
-    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = self.cache
-        if kwargs.get("past_key_values") is not cache or cache is None:
-            return
-        module.config._attn_implementation = self.stock_attention
-        module._modules["rotary_emb"] = self.rope
-        self.cache = None
-        cache.end_forward(failed=output is None)
+    def _exchanged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module, config = self.module, self.module.config
+        attention = config._attn_implementation
+        try:
+            config._attn_implementation = ATTENTION
+            module._modules["rotary_emb"] = self.identity
+            return self.stock(*args, **kwargs)
+        finally:
+            config._attn_implementation = attention
+            module._modules["rotary_emb"] = self.rope
+
+
+class LiveGenerate:
+    """Stands before a model's `generate`."""
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from livevlm.cache import LiveCache
+
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, LiveCache):
+            return cache.generate(self.stock, *args, **kwargs)
+        return self.stock(*args, **kwargs)
 
 
 def attach(model: Any, language_model: Any, head_dim: int) -> nn.Module:
     """Lets `model` be called with a LiveCache; does nothing the second time. Returns the stock rotary embedding."""
-    hooks: _Hooks | None = getattr(language_model, "_livevlm_hooks", None)
-    if hooks is None:
-        hooks = _Hooks(language_model, head_dim)
-        object.__setattr__(language_model, "_livevlm_hooks", hooks)
-        language_model.register_forward_pre_hook(hooks.before, with_kwargs=True)
-        language_model.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
-        stock_generate = model.generate
-
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            from livevlm.cache import LiveCache
-
-            cache = kwargs.get("past_key_values")
-            if isinstance(cache, LiveCache):
-                return cache.generate(stock_generate, *args, **kwargs)
-            return stock_generate(*args, **kwargs)
-
-        object.__setattr__(model, "generate", generate)
-    return hooks.rope
+    if not isinstance(language_model.__dict__.get("forward"), LiveForward):
+        object.__setattr__(language_model, "forward", LiveForward(language_model, head_dim))
+    if not isinstance(model.__dict__.get("generate"), LiveGenerate):
+        object.__setattr__(model, "generate", LiveGenerate(model.generate))
+    forward: LiveForward = language_model.__dict__["forward"]
+    return forward.rope

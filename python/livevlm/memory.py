@@ -13,6 +13,8 @@ leaves everything before `video_end` as it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +52,7 @@ class Memory:
         slot: patch slot of the token in its frame, int32; -1 for text and merged tokens.
         time: seconds since the start of the stream, float64.
         size: how many tokens are merged into this one, float32.
+        damaged: a failure tore the content apart; nothing but a new memory helps.
     """
 
     def __init__(self, shape: KVShape, block_size: int, num_slots: int) -> None:
@@ -57,6 +60,8 @@ class Memory:
         self.block_size = block_size
         self.base = self.video_start = self.video_end = self.end = 0
         self.peak_bytes = 0
+        self.damaged = False  # an interrupt tore it; only a reset helps
+        self._moved = False  # kept tokens were rewritten since the last commit
         self._allocate(num_slots)
 
     # ---------------------------------------------------------------- facts
@@ -102,31 +107,31 @@ class Memory:
 
     # ---------------------------------------------------------------- growing
     def _allocate(self, num_slots: int) -> None:
+        """Makes room for `num_slots` slots and takes the present content over; on an error nothing has changed."""
         shape = self.shape
         slots = (shape.num_layers, -(-num_slots // GROWTH) * GROWTH)
         kv = (*slots, shape.num_kv_heads, shape.head_dim)
-        self.k = torch.zeros(kv, dtype=shape.dtype, device=shape.device)
-        self.v = torch.zeros(kv, dtype=shape.dtype, device=shape.device)
-        self.position = torch.full(slots, -1, dtype=torch.int32, device=shape.device)
-        self.frame = torch.full(slots, -1, dtype=torch.int32, device=shape.device)
-        self.slot = torch.full(slots, -1, dtype=torch.int32, device=shape.device)
-        self.time = torch.zeros(slots, dtype=torch.float64, device=shape.device)
-        self.size = torch.ones(slots, dtype=torch.float32, device=shape.device)
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
+            new = (
+                torch.zeros(kv, dtype=shape.dtype, device=shape.device),
+                torch.zeros(kv, dtype=shape.dtype, device=shape.device),
+                torch.full(slots, -1, dtype=torch.int32, device=shape.device),
+                torch.full(slots, -1, dtype=torch.int32, device=shape.device),
+                torch.full(slots, -1, dtype=torch.int32, device=shape.device),
+                torch.zeros(slots, dtype=torch.float64, device=shape.device),
+                torch.ones(slots, dtype=torch.float32, device=shape.device),
+            )
+            if self.end:
+                for tensor, old in zip(new, self.tensors, strict=True):
+                    tensor[:, : self.end] = old[:, : self.end]
+        self.k, self.v, self.position, self.frame, self.slot, self.time, self.size = new
         self.peak_bytes = max(self.peak_bytes, self.bytes_allocated)
 
     def reserve(self, num_new: int) -> None:
         """Makes room for `num_new` more provisional tokens. Grows by half at least, so that growing stays cheap."""
         needed = self.end + num_new
-        if needed <= self.num_slots:
-            return
-        old, end = self.tensors, self.end
-        try:
+        if needed > self.num_slots:
             self._allocate(max(needed, self.num_slots * 3 // 2))
-        except torch.OutOfMemoryError:
-            self.k, self.v, self.position, self.frame, self.slot, self.time, self.size = old
-            raise
-        for new, previous in zip(self.tensors, old, strict=True):
-            new[:, :end] = previous[:, :end]
 
     # ---------------------------------------------------------------- writing
     def begin(self, num_new: int) -> slice:
@@ -138,19 +143,21 @@ class Memory:
 
     def rollback(self) -> None:
         """Forgets all provisional tokens."""
+        if self._moved:  # kept tokens were rewritten for a clip that failed afterwards
+            self.damaged = True
         self.end = self.video_end
 
     def commit_prompt(self) -> None:
         """Turns the provisional tokens into the prompt. The memory must hold nothing else."""
-        self.position[:, : self.end] = torch.arange(self.end, dtype=torch.int32, device=self.shape.device)
-        count = self.end
-        self.base = -count % self.block_size
-        if self.base:
-            self.reserve(self.base)
-            for tensor in self.tensors:
-                tensor[:, self.base : self.base + count] = tensor[:, :count].clone()
-            self.position[:, : self.base] = -1
-        self.video_start = self.video_end = self.end = self.base + count
+        count, base = self.end, -self.end % self.block_size
+        self.reserve(base)
+        position = torch.arange(count, dtype=torch.int32, device=self.shape.device)
+        for tensor in self.tensors:
+            tensor[:, base : base + count] = tensor[:, :count].clone()
+        self.position[:, :base] = -1
+        self.position[:, base : base + count] = position
+        self.base = base
+        self.video_start = self.video_end = self.end = base + count
 
     def describe(self, where: slice, first_position: int, frame: Tensor, slot: Tensor, time: Tensor) -> None:
         """Records what the tokens in the slots `where` are; `frame`, `slot` and `time` are `[num_tokens]`."""
@@ -166,8 +173,24 @@ class Memory:
     def commit_video(self) -> None:
         """The provisional tokens stay: they are part of the video memory from now on."""
         self.video_end = self.end
+        self._moved = False
 
     # ---------------------------------------------------------------- evicting
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Around what rewrites kept tokens: it must write everything or, on an error, nothing.
+
+        An interrupt in the middle leaves the memory damaged, and so does a failure between this and `commit_video`.
+        """
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.damaged = True
+            raise
+        self._moved = True
+
     def keep(self, indices: Tensor, *, moved: bool = False) -> None:
         """Keeps only the given video tokens (a provisional clip included), in place, for all layers.
 
@@ -176,19 +199,20 @@ class Memory:
             moved: keys and values are compacted already (by `evict_similar`); only the facts are left to move.
         """
         tensors = self.tensors[2:] if moved else self.tensors
-        compact_tokens([self.video(t) for t in tensors], indices)
-        self.video_end = self.end = self.video_start + indices.shape[-1]
+        with self.moving():
+            compact_tokens([self.video(t) for t in tensors], indices)
+            self.video_end = self.end = self.video_start + indices.shape[-1]
 
     def replace(self, start: int, parts: tuple[Tensor, ...]) -> None:
         """Puts other tokens in the place of all video tokens from slot `start` on.
 
         Args:
             start: first slot replaced, at least `video_start`.
-            parts: the new content of `tensors`, each `[num_layers, num_new, ...]`.
+            parts: the new content of `tensors`, each `[num_layers, num_new, ...]`, no views of them.
         """
-        count = parts[0].shape[1]
-        self.end = start
-        self.reserve(count)
-        for tensor, part in zip(self.tensors, parts, strict=True):
-            tensor[:, start : start + count] = part
-        self.video_end = self.end = start + count
+        stop = start + parts[0].shape[1]
+        self.reserve(stop - self.end)
+        with self.moving():
+            for tensor, part in zip(self.tensors, parts, strict=True):
+                tensor[:, start:stop] = part
+            self.video_end = self.end = stop

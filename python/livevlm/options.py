@@ -34,6 +34,9 @@ class Decoding:
     num_evidence: int = 3
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_evidence"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be a whole number")
         for name, ok, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),

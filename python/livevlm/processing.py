@@ -100,8 +100,9 @@ class Processor:
         """
         if not isinstance(question, str) or not question.strip():
             raise QuestionError(f"question={question!r} is empty; ask something")
-        if VIDEO in question:
-            raise QuestionError(f"question={question!r} holds {VIDEO!r}, which stands for the stream itself")
+        for marker in (VIDEO, *self.tokenizer.all_special_tokens):
+            if marker in question:
+                raise QuestionError(f"question={question!r} holds {marker!r}, a marker of the model and no text")
         content = [{"type": "video"}, {"type": "text", "text": question.strip()}]
         template = self.chat_template or getattr(self.tokenizer, "chat_template", None) or FALLBACK_TEMPLATE
         text = self.tokenizer.apply_chat_template(

@@ -86,6 +86,9 @@ class Stream:
             times: seconds of each frame since the start of the stream, not decreasing; one second after another
                 from the newest frame on if None.
 
+        A clip that fails leaves no trace. Of a push in several clips, those before it stay: `stats().num_frames` tells
+        how many frames were read.
+
         Raises:
             FrameError: unusable frames or times, or frames of another size than before; nothing was read.
             StateError: an answer is being generated.

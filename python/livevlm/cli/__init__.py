@@ -16,7 +16,7 @@ def main() -> None:
     """Watch videos as streams with a bounded memory, and answer questions about them."""
 
 
-@main.command()
+@main.command(short_help="Show versions, devices and how the kernels were built.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def env(as_json: bool) -> None:
     """Show versions, devices and how the kernels were built; for bug reports."""

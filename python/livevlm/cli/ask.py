@@ -12,7 +12,7 @@ from typing import Any, get_args
 import click
 
 from livevlm.cli.values import TimeType, budget_settings
-from livevlm.errors import LiveVLMError
+from livevlm.errors import ConfigError, LiveVLMError
 from livevlm.types import PolicyName, RetrievalName
 
 
@@ -33,16 +33,43 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+CHECKPOINTS = "[default: the checkpoint's]"
+
+
 @click.command()
 @click.argument("video")
 @click.argument("questions", nargs=-1, metavar="QUESTION...")
-@click.option("--at", "timed", type=(TimeType(), str), multiple=True, metavar="TIME QUESTION",
-              help="Ask in mid-stream, e.g. --at 00:42 'what is on the table?'. May be repeated.")  # fmt: skip
-@click.option("--model", "name", default="tiny", show_default=True, metavar="PATH|tiny",
-              help="Checkpoint: a folder, a hub name, or the embedded tiny model.")  # fmt: skip
-@click.option("--policy", type=click.Choice(get_args(PolicyName)), help="How the memory is kept within its budget.")
-@click.option("--budget", metavar="N|P%|SIZE", help="Memory: tokens (12000), share of the video (25%), bytes (2GiB).")
-@click.option("--retrieval", type=click.Choice(get_args(RetrievalName)), help="What a question attends to.")
+@click.option(
+    "--at",
+    "timed",
+    type=(TimeType(), str),
+    multiple=True,
+    metavar="TIME QUESTION",
+    help="Ask in mid-stream, e.g. --at 00:42 'what is on the table?'. May be repeated.",
+)
+@click.option(
+    "--model",
+    "name",
+    default="tiny",
+    show_default=True,
+    metavar="PATH|tiny",
+    help="Checkpoint: a folder, a hub name, or the embedded tiny model.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(get_args(PolicyName)),
+    help=f"How the memory is kept within its budget.  {CHECKPOINTS}",
+)
+@click.option(
+    "--budget",
+    metavar="N|P%|SIZE",
+    help=f"Memory: tokens (12000), share of the video (25%), bytes (2GiB).  {CHECKPOINTS}",
+)
+@click.option(
+    "--retrieval",
+    type=click.Choice(get_args(RetrievalName)),
+    help=f"What a question attends to.  {CHECKPOINTS}",
+)
 @click.option("--fps", type=float, default=1.0, show_default=True, help="Frames a second that are looked at.")
 @click.option("--for", "seconds", type=TimeType(), help="Stop watching after this time (for cameras).")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...")
@@ -70,7 +97,7 @@ def ask(
     """
     if not questions and not timed:
         raise click.UsageError("ask at least one QUESTION, or use --at TIME QUESTION")
-    from livevlm.cli import watch  # imports torch: not needed for --help
+    from livevlm.cli import watch  # takes seconds to import: not needed for --help
     from livevlm.video import open_video
 
     with open_video(video, fps=fps) as reader:
@@ -79,6 +106,8 @@ def ask(
         settings = {key: value for key, value in overrides.items() if value is not None}
         if budget is not None:
             settings |= budget_settings(budget, watch.num_video_tokens(reader, checkpoint))
+            if settings.get("policy", checkpoint.config.policy) == "full":
+                raise ConfigError("policy 'full' keeps everything: give it no --budget")
         session = watch.Session(checkpoint, settings, reader, stop_at=seconds, quiet=as_json)
         answers = session.run(questions, timed)
     if as_json:

@@ -18,7 +18,7 @@ def parse_time(text: str) -> float:
     Raises:
         ConfigError: anything else.
     """
-    if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", text):
+    if not re.fullmatch(r"\d+(\.\d+)?|(\d+:)?[0-5]?\d:[0-5]?\d(\.\d+)?|\d+:[0-5]?\d(\.\d+)?", text):
         raise ConfigError(f"time {text!r} is not understood; allowed: SS, MM:SS or HH:MM:SS")
     seconds = 0.0
     for part in text.split(":"):

@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any
 
+import huggingface_hub
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
 
 from livevlm.answer import Answer
+from livevlm.checkpoint import Checkpoint, load
 from livevlm.cli.values import format_bytes, format_time
-from livevlm.errors import ConfigError, QuestionError, VideoError
-from livevlm.load import Checkpoint, load
+from livevlm.errors import ConfigError, VideoError
 from livevlm.models import adapter_for
 from livevlm.stream import Stream
 from livevlm.video import VideoReader
+
+SMALL_MODEL = 50_000_000  # parameters; one thread is enough for fewer
 
 
 def load_quietly(name: str, device: str) -> Checkpoint:
@@ -28,8 +31,12 @@ def load_quietly(name: str, device: str) -> Checkpoint:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return load(name, device=device)
+    huggingface_hub.utils.logging.set_verbosity_error()
+    checkpoint = load(name, device=device)
+    size = sum(weight.numel() for weight in checkpoint.model.parameters())
+    if size < SMALL_MODEL:
+        torch.set_num_threads(1)  # on a busy machine, threads that wait for each other cost a hundred times more
+    return checkpoint
 
 
 def num_video_tokens(reader: VideoReader, checkpoint: Checkpoint) -> int | None:
@@ -59,13 +66,14 @@ class Session:
 
     def run(self, questions: Iterable[str], timed: Iterable[tuple[float, str]]) -> list[dict[str, Any]]:
         """Watches and asks; returns the answers in the order they were given."""
-        waiting = sorted(timed)
+        waiting = sorted(timed, key=itemgetter(0))
         for question in (*questions, *(text for _, text in waiting)):
-            if not question.strip():
-                raise QuestionError(f"question={question!r} is empty; ask something")
+            self.stream.processor.prompt(question)  # refused now, not after the video
         duration = self.reader.duration
         if waiting and duration is not None and waiting[-1][0] > duration:
             raise ConfigError(f"--at {format_time(waiting[-1][0])} is after the video's end at {format_time(duration)}")
+        if waiting and self.stop_at is not None and waiting[-1][0] > self.stop_at:
+            raise ConfigError(f"--at {format_time(waiting[-1][0])} is after --for {format_time(self.stop_at)}")
         with self._progress() as progress:
             self._watch(progress, waiting)
         if not self.stream.stats().num_frames:
@@ -108,7 +116,9 @@ class Session:
                     break
                 while waiting and time > waiting[0][0]:
                     push()
+                    progress.stop()  # an answer is printed where the bar stands
                     self._ask(waiting.pop(0)[1])
+                    progress.start()
                 frames.append(frame)
                 times.append(time)
                 if len(frames) == self.stream.config.clip_frames or self.reader.is_live:
@@ -153,13 +163,16 @@ class Session:
             (str(answer) or "(no answer)", "bold"),
             (f"{where}; first token after {answer.ttft * 1e3:.0f} ms", "dim"),
         )
-        self.console.print(line)
+        self.console.print(line, soft_wrap=True)
 
     def _print_stats(self) -> None:
         stats = self.stream.stats()
         share = stats.num_video_tokens / stats.num_seen_tokens
         per_frame = stats.encode_seconds / stats.num_frames * 1e3
+        config = self.stream.config
         self.console.print(
             f"[dim]{stats.num_frames} frames at {per_frame:.0f} ms; memory {self._memory()} "
-            f"({share:.0%} of the {stats.num_seen_tokens} seen)[/]"
+            f"({share:.0%} of the {stats.num_seen_tokens} seen); "
+            f"policy {config.policy}, retrieval {config.retrieval}[/]",
+            soft_wrap=True,
         )

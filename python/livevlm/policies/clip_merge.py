@@ -32,10 +32,6 @@ class ClipMerge(Policy):
         if stop > start:
             scores = attention_scores(memory, queries, rope, self.config, first_slot=start)
             self._compress_clip(memory, start, stop, scores[:, : stop - start])
-        excess = self.num_video_tokens(memory) - self.budget
-        if excess > 0:
-            newest = torch.arange(excess, excess + self.budget, dtype=torch.int32, device=memory.k.device)
-            memory.keep(newest.expand(memory.k.shape[0], -1))
 
     def _compress_clip(self, memory: Memory, start: int, stop: int, scores: Tensor) -> None:
         """Replaces the whole frames in slots start..stop by one merged token a frame and their best tokens."""
@@ -61,5 +57,11 @@ class ClipMerge(Policy):
         chosen = chosen.gather(1, order[chosen].argsort(1))
         row = torch.arange(layers, device=device)[:, None]
         parts = [torch.cat((a, b), dim=1)[row, chosen] for a, b in zip(merged, clip, strict=True)]
-        newest = [t[:, stop : memory.end].clone() for t in memory.tensors]
-        memory.replace(start, tuple(torch.cat((a, b), dim=1) for a, b in zip(parts, newest, strict=True)))
+        newest = [t[:, stop : memory.end] for t in memory.tensors]
+        # First in, first out: what exceeds the budget leaves at the old end, in the same rewrite.
+        held = start - memory.video_start
+        excess = held + chosen.shape[1] + self.recent - self.budget
+        begin, oldest = (start, start) if excess <= 0 else (memory.video_start, memory.video_start + min(excess, held))
+        old = [t[:, oldest:start] for t in memory.tensors]
+        whole = [torch.cat(group, dim=1)[:, -self.budget :] for group in zip(old, parts, newest, strict=True)]
+        memory.replace(begin, tuple(whole))

@@ -15,14 +15,15 @@ class Similarity(Policy):
     def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
         if self.num_video_tokens(memory) <= self.budget:
             return
-        indices, _ = evict_similar(
-            memory.video(memory.k),
-            memory.video(memory.v),
-            memory.video(memory.slot),
-            self.budget,
-            num_recent_frames=self.recent // self.tokens_per_frame,
-            tokens_per_frame=self.tokens_per_frame,
-            alpha=self.config.alpha,
-            shared=self.config.scope == "shared",
-        )
+        with memory.moving():
+            indices, _ = evict_similar(
+                memory.video(memory.k),
+                memory.video(memory.v),
+                memory.video(memory.slot),
+                self.budget,
+                num_recent_frames=self.recent // self.tokens_per_frame,
+                tokens_per_frame=self.tokens_per_frame,
+                alpha=self.config.alpha,
+                shared=self.config.scope == "shared",
+            )
         memory.keep(indices, moved=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, LlavaOnevisionForConditionalGeneration
 
 from livevlm.config import Config
-from livevlm.errors import ConfigError, ModelError
+from livevlm.errors import ConfigError, LiveVLMError, ModelError
 from livevlm.models import ADAPTERS
 from livevlm.processing import Processor
 
@@ -35,7 +35,8 @@ def load(name: str | Path = "tiny", *, device: str | torch.device = "auto", dtyp
         dtype: "auto" is the checkpoint's own on a GPU and float32 on a CPU, where bfloat16 is slow.
 
     Returns:
-        model, processor, and the settings in the checkpoint's `livevlm_config.json`, or the defaults.
+        model, processor, and the settings in a local checkpoint's `livevlm_config.json`, or the defaults; change some
+        with `dataclasses.replace(config, budget=...)`.
 
     Raises:
         ModelError: there is no such checkpoint, or its family is not supported.
@@ -45,16 +46,22 @@ def load(name: str | Path = "tiny", *, device: str | torch.device = "auto", dtyp
     target = _device(device)
     if dtype == "auto" and target.type == "cpu":
         dtype = torch.float32
+    if not Path(path).is_dir() and str(name).count("/") != 1:
+        raise ModelError(f"{str(name)!r} is no folder; allowed: 'tiny', a folder, or a hub name like org/model")
     try:
         family = AutoConfig.from_pretrained(str(path)).model_type
         if family not in ADAPTERS:
             raise ModelError(f"{name} is a {family!r} model, which is not supported; supported: {', '.join(ADAPTERS)}")
         processor = Processor.from_pretrained(path)
         model = LlavaOnevisionForConditionalGeneration.from_pretrained(str(path), dtype=dtype)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except LiveVLMError:
+        raise
+    except Exception as error:  # transformers, safetensors and tokenizers each have their own
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no checkpoint could be loaded from {str(name)!r}: {first_line}") from error
-    return Checkpoint(model.to(target).eval(), processor, Config.from_pretrained(path))
+    folder = Path(path)
+    config = Config.from_pretrained(folder) if folder.is_dir() else Config()
+    return Checkpoint(model.to(target).eval(), processor, config)
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -62,7 +69,7 @@ def _device(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={str(name)!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
