@@ -26,8 +26,12 @@ from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    sys.exit("livevlm: this setuptools is too old to build with. Run: pip install 'setuptools>=77'")
 
 ROOT = Path(__file__).resolve().parent
 CUDA = os.environ.get("LIVEVLM_CUDA", "AUTO").upper()

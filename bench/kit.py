@@ -6,7 +6,8 @@
 - GPU time is that of a captured CUDA graph that holds one call per set, so no launch from Python is in it.
 - Providers take turns, so that a change of clocks or temperature meets all of them.
 - The ceiling is a device copy, measured in the same run.
-- Median, 20th and 80th percentile. Rows go to results/<op>.csv, one per (op, provider, shape, dtype, GPU, versions).
+- Median, 20th and 80th percentile. With --results, rows go to <op>.csv there, one per (op, provider, shape, dtype, GPU,
+  versions).
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).with_name("results")
 KEY = ("op", "provider", "shape", "dtype", "gpu", "versions")
 
 Inputs = dict[str, Tensor]
@@ -50,7 +50,7 @@ class Row:
 
 def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files")
+    parser.add_argument("--results", type=Path, help="folder of CSV files to update; the table is always printed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -159,7 +159,7 @@ def copy_ceiling(device: str) -> float:
 class Bench:
     """All measurements of one op."""
 
-    def __init__(self, op: str, device: str, results: Path) -> None:
+    def __init__(self, op: str, device: str, results: Path | None) -> None:
         self.op, self.device, self.results = op, device, results
         self.gpu, self.versions, self.ceiling = device_name(device), versions(), copy_ceiling(device)
         print(f"{op} on {self.gpu}; {self.versions}; copy {self.ceiling:.0f} GB/s")
@@ -195,7 +195,8 @@ class Bench:
                 f"{row.percent_of_copy:4.0f}%"
             )
             rows.append(row)
-        save(self.results / f"{self.op}.csv", rows)
+        if self.results is not None:
+            save(self.results / f"{self.op}.csv", rows)
         return rows
 
 

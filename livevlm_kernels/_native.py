@@ -18,7 +18,7 @@ PATH = Path(__file__).with_name("_C.abi3.so")
 def _load() -> str | None:
     """Loads the library; returns why there is none, or None when it is loaded."""
     if not PATH.exists():
-        return "livevlm_kernels was installed without compiled kernels"
+        return f"there are no compiled kernels in {PATH.parent} (a source folder? then: pip install -e .)"
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:

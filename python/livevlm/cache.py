@@ -70,6 +70,14 @@ class LiveCache(Cache):
     there (`inputs_embeds`, a missing mask, a short prompt) can happen, and the question and its answer are forgotten
     when `generate` returns.
 
+        cache = LiveCache(model, Config(budget=12_000))
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=64)    # prompt and video, as before
+        _, question = Processor.wrap(processor).prompt("And now?")            # chat text after the video, as token ids
+        model.generate(input_ids=question[None], past_key_values=cache, max_new_tokens=64)
+
+    or, frame by frame, `prefill_prompt` once, then `push` at any time and `generate` with questions. A prompt with a video
+    is taken by an empty cache only. `livevlm.Stream` does all this for you.
+
     Args:
         model: a supported transformers model; it gets two hooks that act only on calls with a LiveCache.
         config: settings; `livevlm.Config()` if None.
@@ -291,7 +299,7 @@ class LiveCache(Cache):
             self.end_question()
 
     def generate(self, stock_generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`model.generate(..., past_key_values=cache)` comes here; see `livevlm.generate`."""
+        """`model.generate(..., past_key_values=cache)` comes here; see `livevlm.generate.checked_generate`."""
         return checked_generate(self, stock_generate, *args, **kwargs)
 
     # ---------------------------------------------------------------- the rest of transformers' Cache
