@@ -75,8 +75,8 @@ class LiveCache(Cache):
         _, question = Processor.wrap(processor).prompt("And now?")            # chat text after the video, as token ids
         model.generate(input_ids=question[None], past_key_values=cache, max_new_tokens=64)
 
-    or, frame by frame, `prefill_prompt` once, then `push` at any time and `generate` with questions. A prompt with a video
-    is taken by an empty cache only. `livevlm.Stream` does all this for you.
+    or, frame by frame, `prefill_prompt` once, then `push` at any time and `generate` with questions. A prompt with a
+    video is taken by an empty cache only. `livevlm.Stream` does all this for you.
 
     Args:
         model: a supported transformers model; it gets two hooks that act only on calls with a LiveCache.
