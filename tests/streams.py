@@ -42,3 +42,28 @@ def pixels(num_frames: int, seed: int = 1) -> Tensor:
 
 def times(num_frames: int, start: float = 0.0) -> Tensor:
     return torch.arange(num_frames, dtype=torch.float64) + start
+
+
+# hidden, feed-forward, layers, query heads, KV heads, head_dim -> bytes of keys and values of one token in 16 bits
+REAL_SIZES = {
+    "0.5B": (896, 4864, 24, 14, 2, 64, 12_288),
+    "7B": (3584, 18944, 28, 28, 4, 128, 57_344),
+    "72B": (8192, 29568, 80, 64, 8, 128, 327_680),
+}
+
+
+def real_config(name: str) -> LlavaOnevisionConfig:
+    """The configuration of a published LLaVA-OneVision size."""
+    hidden, ffn, layers, heads, kv_heads, _, _ = REAL_SIZES[name]
+    return LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
+            "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2", "vocab_size": 152_000, "hidden_size": hidden, "intermediate_size": ffn,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        },
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip

@@ -6,39 +6,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionForConditionalGeneration
 
 import livevlm
 from livevlm import Config, LiveCache, Processor
 from livevlm.models import adapter_for
 from livevlm.processing import FALLBACK_TEMPLATE
-from streams import pixels, tiny_random
-
-# hidden, feed-forward, layers, query heads, KV heads, head_dim -> bytes of keys and values of one token in 16 bits
-SIZES = {
-    "0.5B": (896, 4864, 24, 14, 2, 64, 12_288),
-    "7B": (3584, 18944, 28, 28, 4, 128, 57_344),
-    "72B": (8192, 29568, 80, 64, 8, 128, 327_680),
-}
+from streams import REAL_SIZES, pixels, real_config, tiny_random
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", REAL_SIZES)
 def test_real_sizes(name: str) -> None:
-    hidden, ffn, layers, heads, kv_heads, head_dim, bytes_per_token = SIZES[name]
-    config = LlavaOnevisionConfig(
-        vision_config={
-            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
-            "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-            "vision_use_head": False,
-        },
-        text_config={
-            "model_type": "qwen2", "vocab_size": 152_000, "hidden_size": hidden, "intermediate_size": ffn,
-            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        },
-        vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
+    _, _, layers, heads, kv_heads, head_dim, bytes_per_token = REAL_SIZES[name]
     with torch.device("meta"):
-        model = LlavaOnevisionForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+        model = LlavaOnevisionForConditionalGeneration._from_config(real_config(name), dtype=torch.bfloat16)
     adapter = adapter_for(model)
     assert adapter.tokens_per_frame == 196
     shape = adapter.kv_shape()

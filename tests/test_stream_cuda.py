@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionForConditionalGeneration
 
 import livevlm
 from livevlm import Config, LiveCache, Stream
 from livevlm.synthetic import generate
-from streams import PROMPT, pixels, times, tiny_random
+from streams import PROMPT, pixels, real_config, times, tiny_random
 from test_parity import FULL, clip_sizes, stock, streamed
 
 pytestmark = pytest.mark.cuda
@@ -68,20 +68,8 @@ def test_gpu_memory_is_flat() -> None:
 
 def test_a_real_shape_with_default_settings() -> None:
     """The 0.5B shape (group size 7, 196 tokens a frame) in bfloat16 with random weights, beyond the default budget."""
-    config = LlavaOnevisionConfig(
-        vision_config={
-            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
-            "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-            "vision_use_head": False,
-        },
-        text_config={
-            "model_type": "qwen2", "vocab_size": 152_000, "hidden_size": 896, "intermediate_size": 4864,
-            "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        },
-        vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
     with torch.device("cuda"):
-        model = LlavaOnevisionForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+        model = LlavaOnevisionForConditionalGeneration._from_config(real_config("0.5B"), dtype=torch.bfloat16).eval()
     stream = Stream(model, livevlm.load("tiny", device="cpu").processor)
     clip = torch.randint(0, 256, (32, 3, 360, 640), dtype=torch.uint8)
     for _ in range(3):

@@ -79,7 +79,8 @@ class LiveCache(Cache):
     video is taken by an empty cache only. `livevlm.Stream` does all this for you.
 
     Args:
-        model: a supported transformers model; it gets two hooks that act only on calls with a LiveCache.
+        model: a supported transformers model; its `generate` and its language model's `forward` are
+            wrapped, for calls with a LiveCache only.
         config: settings; `livevlm.Config()` if None.
 
     Raises:
@@ -180,7 +181,7 @@ class LiveCache(Cache):
             return
         if self.num_frames:
             raise StateError("the prompt before the video must be read before the first frame")
-        with self._exclusively("read"):
+        with self._exclusively():
             if token_ids.numel():
                 try:
                     self._forward(self.adapter.embed_tokens(token_ids))
@@ -214,7 +215,7 @@ class LiveCache(Cache):
         if tuple(times.shape) != (pixel_values.shape[0],) or not bool(torch.isfinite(times).all()):
             raise FrameError(f"times must be {pixel_values.shape[0]} finite seconds, one for each frame")
         clip = self.config.clip_frames
-        with self._exclusively("read"):
+        with self._exclusively():
             for start in range(0, pixel_values.shape[0], clip):
                 self._push_clip(pixel_values[start : start + clip], times[start : start + clip])
 
@@ -258,9 +259,9 @@ class LiveCache(Cache):
             raise StateError("another thread is reading frames into this stream")
 
     @contextmanager
-    def _exclusively(self, doing: Literal["read"]) -> Iterator[None]:
+    def _exclusively(self) -> Iterator[None]:
         self._require_idle()
-        self._doing = doing
+        self._doing = "read"
         try:
             yield
         finally:

@@ -184,10 +184,8 @@ class Memory:
         """
         try:
             yield
-        except Exception:
-            raise
-        except BaseException:
-            self.damaged = True
+        except BaseException as error:
+            self.damaged |= not isinstance(error, Exception)
             raise
         self._moved = True
 
