@@ -53,7 +53,7 @@ def test_the_sample_at_a_quarter_of_its_tokens() -> None:
 def test_what_a_person_reads() -> None:
     early, late = ASKED[0], ASKED[-1]
     typed = late["question"].capitalize().replace(" ?", "?")
-    result = run("ask", SAMPLE, typed, "--at", early["time"], early["question"])
+    result = run("ask", SAMPLE, typed, "--at", early["time"], early["question"], "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert typed in result.stdout
     for item in (early, late):

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -155,12 +156,12 @@ class Stream:
         self.cache.require_askable()
         answer = self._answer(question, token_ids, decoding)
         if stream:
-            return (piece for piece in answer if not isinstance(piece, Answer))
+            return _pieces(answer)
         *_, whole = answer
         assert isinstance(whole, Answer)
         return whole
 
-    def _answer(self, question: str, token_ids: Tensor, options: Decoding) -> Iterator[str]:
+    def _answer(self, question: str, token_ids: Tensor, options: Decoding) -> Generator[str, None, None]:
         """Yields new pieces of text, then the Answer. Ends the question however it is left."""
         cache, tokenizer, start = self.cache, self.processor.tokenizer, clock.perf_counter()
         turn = cache.begin_question(want_mass=options.num_evidence > 0)
@@ -208,3 +209,11 @@ class Stream:
             encode_seconds=self._encode_seconds,
             num_questions=self._num_questions,
         )
+
+
+def _pieces(answer: Generator[str, None, None]) -> Iterator[str]:
+    """The pieces alone. Closing this closes the answer, whenever Python collects what is left of it."""
+    with closing(answer):
+        for piece in answer:
+            if not isinstance(piece, Answer):
+                yield piece
