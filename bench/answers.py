@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of the embedded checkpoint under every policy, at a quarter of the video's tokens.
 
-    python bench/answers.py [--videos 64] [--out bench/results/answers_tiny.csv]
+    python bench/answers.py [--videos 64] [--frames 64] [--only full] [--out bench/results/answers_tiny.csv]
 
 64 generated videos of 64 frames, 16 questions each at the end, compressed while they stream (8 frames at a time). All
 rows see the same videos and questions. Questions about one video are correlated, so the 95 % interval (`ci95`, plus or
-minus) comes from the spread of the videos' own accuracies.
+minus) comes from the spread of the videos' own accuracies. The table of the checkpoint's model card is
+`--frames 32 64 128 256 --only full --out bench/results/checkpoint_tiny.csv`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from rich.progress import Progress
 import livevlm
 from livevlm import Config
 from livevlm.evaluation import answer_synthetic
-from livevlm.synthetic import KINDS
+from livevlm.synthetic import KINDS, TOKENS_PER_FRAME
 
-FRAMES, QUESTIONS, BUDGET = 64, 16, 64 * 16 // 4
+QUESTIONS = 16
 ROWS: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     "similarity": {"policy": "similarity"},
@@ -46,6 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--frames", type=int, nargs="+", default=[64])
+    parser.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="SETTING")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "answers_tiny.csv")
@@ -55,14 +58,16 @@ def main() -> None:
     checkpoint = livevlm.load("tiny", device=options.device)
     rows = []
     with Progress() as progress:
-        task = progress.add_task("answers", total=len(ROWS) * options.videos)
-        for name, settings in ROWS.items():
-            config = Config(**{"budget": BUDGET, "clip_frames": 8, "retrieval": "none", **settings})
+        runs = [(name, frames) for name in options.only for frames in options.frames]
+        task = progress.add_task("answers", total=len(runs) * options.videos)
+        for name, frames in runs:
+            budget = frames * TOKENS_PER_FRAME // 4
+            config = Config(**{"budget": budget, "clip_frames": 8, "retrieval": "none", **ROWS[name]})
             score = answer_synthetic(
                 checkpoint,
                 config,
                 num_videos=options.videos,
-                num_frames=FRAMES,
+                num_frames=frames,
                 num_questions=QUESTIONS,
                 seed=options.seed,
                 progress=lambda: progress.advance(task),
@@ -78,7 +83,7 @@ def main() -> None:
                     "ms_per_frame": f"{score.ms_per_frame:.2f}",
                     **{kind: f"{score.by_kind().get(kind, math.nan):.4f}" for kind in KINDS},
                     "videos": options.videos,
-                    "frames": FRAMES,
+                    "frames": frames,
                     "questions": QUESTIONS,
                     "seed": options.seed,
                     "device": options.device,
@@ -88,7 +93,9 @@ def main() -> None:
                     "livevlm": livevlm.__version__,
                 }
             )
-            progress.console.print(f"{name:<30} {accuracy:.3f}  {score.kept} of {score.seen} tokens")
+            progress.console.print(
+                f"{name:<30} {frames:>4} frames  {accuracy:.3f}  {score.kept} of {score.seen} tokens"
+            )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))

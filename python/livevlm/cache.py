@@ -104,7 +104,7 @@ class LiveCache(Cache):
         self.read: Read | None = None
         self._turn: Turn | None = None
         self._doing: Literal["read", "answer"] | None = None
-        self._prompt: Tensor | None = None
+        self.prompt: Tensor | None = None  # token ids read before the video
         self._new_memory()
         super().__init__(layers=[_LiveLayer(self, layer) for layer in range(shape.num_layers)])
 
@@ -132,11 +132,7 @@ class LiveCache(Cache):
             self.begin_question()
         start = self.memory.end
         try:
-            where = self.memory.begin(tokens.shape[1])
-            first = self.num_stream_tokens + where.start - self.memory.video_end
-            self.memory.position[:, where] = torch.arange(
-                first, first + tokens.shape[1], dtype=torch.int32, device=self.memory.shape.device
-            )
+            where = self.memory.begin(tokens.shape[1], self.num_stream_tokens + self.memory.num_new_tokens)
             self.read = Read(
                 self.memory,
                 self.rope,
@@ -175,8 +171,8 @@ class LiveCache(Cache):
         Raises:
             StateError: another prompt was read already, or frames were.
         """
-        if self._prompt is not None:
-            if not torch.equal(self._prompt, token_ids.cpu()):
+        if self.prompt is not None:
+            if not torch.equal(self.prompt, token_ids.cpu()):
                 raise StateError("the prompt before the video cannot change within a stream; make a new LiveCache")
             return
         if self.num_frames:
@@ -190,7 +186,7 @@ class LiveCache(Cache):
                 except BaseException:
                     self.memory.rollback()
                     raise
-            self._prompt = token_ids.cpu().clone()
+            self.prompt = token_ids.cpu().clone()
 
     @torch.no_grad()
     def push(self, pixel_values: Tensor, times: Tensor) -> None:
@@ -222,14 +218,12 @@ class LiveCache(Cache):
     def _push_clip(self, pixel_values: Tensor, times: Tensor) -> None:
         memory, per_frame = self.memory, self.adapter.tokens_per_frame
         num_frames, device = pixel_values.shape[0], self.memory.shape.device
-        first = self.num_stream_tokens
         try:
             where = self._forward(self.adapter.embed_frames(pixel_values))
             frame = torch.arange(self.num_frames, self.num_frames + num_frames, device=device)
             slot = torch.arange(per_frame, device=device)
             memory.describe(
                 where,
-                first,
                 frame.repeat_interleave(per_frame),
                 slot.repeat(num_frames),
                 times.to(device, torch.float64).repeat_interleave(per_frame),
@@ -312,7 +306,7 @@ class LiveCache(Cache):
         if self._doing is not None:
             self._require_idle()
         self.num_frames = 0
-        self._prompt = None
+        self.prompt = None
         self.retrieval.memory_changed()
         self._new_memory()
 

@@ -107,22 +107,29 @@ def checked_generate(
             return stock_generate(inputs_embeds=given, past_key_values=cache, **kwargs)
     _count_answer_only(kwargs, settings if generation_config is not None else None, input_ids.shape[1])
     question = _question_of(cache, input_ids[0], pixel_values_videos)
-    was_empty = not cache.num_frames
-    try:
-        if pixel_values_videos is not None:
+    if pixel_values_videos is None:
+        result = _answer(cache, stock_generate, question, kwargs)
+    else:  # for an empty cache: see _question_of
+        prompt = cache.prompt
+        try:
             cache.prefill_prompt(input_ids[0, : input_ids[0].tolist().index(cache.adapter.video_token_id)])
             cache.push(pixel_values_videos[0], torch.arange(pixel_values_videos.shape[1], dtype=torch.float64))
-        embeds = cache.adapter.embed_question(question)[None]
-        with cache.question():
-            result = stock_generate(inputs_embeds=embeds, past_key_values=cache, **kwargs)
-    except BaseException:
-        if was_empty and pixel_values_videos is not None:
+            result = _answer(cache, stock_generate, question, kwargs)
+        except BaseException:
             cache.reset()
-        raise
+            if prompt is not None:
+                cache.prefill_prompt(prompt)
+            raise
     if isinstance(result, Tensor):
         return torch.cat((input_ids, result.to(input_ids.device)), dim=1)
     result.sequences = torch.cat((input_ids, result.sequences.to(input_ids.device)), dim=1)
     return result
+
+
+def _answer(cache: LiveCache, stock_generate: Callable[..., Any], question: Tensor, kwargs: dict[str, Any]) -> Any:
+    embeds = cache.adapter.embed_question(question)[None]
+    with cache.question():
+        return stock_generate(inputs_embeds=embeds, past_key_values=cache, **kwargs)
 
 
 def _count_answer_only(kwargs: dict[str, Any], settings: Any, num_prompt_tokens: int) -> None:

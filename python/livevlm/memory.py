@@ -134,12 +134,18 @@ class Memory:
             self._allocate(max(needed, self.num_slots * 3 // 2))
 
     # ---------------------------------------------------------------- writing
-    def begin(self, num_new: int) -> slice:
-        """Opens slots for `num_new` provisional tokens and returns them; every layer then writes its keys there."""
+    def begin(self, num_new: int, first_position: int) -> slice:
+        """Opens slots for `num_new` provisional tokens, whose place in the stream starts at `first_position`.
+
+        Every layer then writes its keys and values there.
+        """
         self.reserve(num_new)
-        start = self.end
-        self.end += num_new
-        return slice(start, self.end)
+        where = slice(self.end, self.end + num_new)
+        self.position[:, where] = torch.arange(
+            first_position, first_position + num_new, dtype=torch.int32, device=self.shape.device
+        )
+        self.end = where.stop
+        return where
 
     def rollback(self) -> None:
         """Forgets all provisional tokens."""
@@ -151,20 +157,14 @@ class Memory:
         """Turns the provisional tokens into the prompt. The memory must hold nothing else."""
         count, base = self.end, -self.end % self.block_size
         self.reserve(base)
-        position = torch.arange(count, dtype=torch.int32, device=self.shape.device)
         for tensor in self.tensors:
             tensor[:, base : base + count] = tensor[:, :count].clone()
         self.position[:, :base] = -1
-        self.position[:, base : base + count] = position
         self.base = base
         self.video_start = self.video_end = self.end = base + count
 
-    def describe(self, where: slice, first_position: int, frame: Tensor, slot: Tensor, time: Tensor) -> None:
-        """Records what the tokens in the slots `where` are; `frame`, `slot` and `time` are `[num_tokens]`."""
-        count = where.stop - where.start
-        self.position[:, where] = torch.arange(
-            first_position, first_position + count, dtype=torch.int32, device=self.shape.device
-        )
+    def describe(self, where: slice, frame: Tensor, slot: Tensor, time: Tensor) -> None:
+        """Records what the video tokens in the slots `where` are; `frame`, `slot` and `time` are `[num_tokens]`."""
         self.frame[:, where] = frame
         self.slot[:, where] = slot
         self.time[:, where] = time

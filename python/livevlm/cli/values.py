@@ -18,16 +18,18 @@ def parse_time(text: str) -> float:
     Raises:
         ConfigError: anything else.
     """
-    if not re.fullmatch(r"\d+(\.\d+)?|(\d+:)?[0-5]?\d:[0-5]?\d(\.\d+)?|\d+:[0-5]?\d(\.\d+)?", text):
+    first, *rest = text.split(":")
+    whole = re.fullmatch(r"(\d+:){0,2}\d+(\.\d+)?", text) is not None
+    if not whole or any(float(part) >= 60 for part in rest):
         raise ConfigError(f"time {text!r} is not understood; allowed: SS, MM:SS or HH:MM:SS")
-    seconds = 0.0
-    for part in text.split(":"):
+    seconds = float(first)
+    for part in rest:
         seconds = seconds * 60 + float(part)
     return seconds
 
 
 def format_time(seconds: float) -> str:
-    """ "01:04" or "1:02:03"; whole seconds."""
+    """Whole seconds as minutes and seconds, "01:04", or with hours, "1:02:03"."""
     whole = int(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes:02d}:{whole % 60:02d}"
