@@ -9,7 +9,7 @@ TRANSFORMERS ?= transformers==5.17.0
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/emulation/*))
 
 .PHONY: setup demo test bench lint format clean
 
@@ -42,14 +42,15 @@ demo: setup
 	  "Did a purple triangle appear?" "What shape came before the diamond?" \
 	  "What shape came after the circle?" "What shape is at c2 now?"
 
-## make test: all tests; Triton kernels run on the CPU in the second line
+## make test: all tests; Triton kernels run on the CPU in the second line, CUDA kernels (if there is nvcc) in the third
 test: $(VENV)/.dev
 	$(RUN) -m pytest -q
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q
+	! command -v nvcc || PATH="$(abspath $(VENV))/bin:$$PATH" tests/emulation/run
 
 ## make bench: every op's benchmark, on the GPU if there is one
 bench: setup
-	for script in bench/bench_*.py; do $(RUN) $$script || exit; done
+	$(VENV)/bin/livevlm bench kernels
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -54,7 +54,7 @@ section "tests" tests
 for tool in memcheck racecheck initcheck synccheck; do section "$tool" sanitize "$tool"; done
 for script in bench/bench_*.py; do
   name=$(basename "$script" .py)
-  section "$name" python3 "$script" --results "$results"
+  section "$name" timeout 300 python3 "$script" --results "$results" # rows are saved as soon as a shape is done
 done
 
 printf '\n== %4ds  ' "$SECONDS"

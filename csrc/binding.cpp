@@ -5,12 +5,25 @@
 
 #include "ops.h"
 
+#ifdef LIVEVLM_EMULATED  // CUDA kernels, run on CPU tensors by tests/emulation
+#define LIVEVLM_OVERLOAD(op) #op ".emulated"
+#else
+#define LIVEVLM_OVERLOAD(op) #op
+#endif
+#define LIVEVLM_IMPL(op) library.impl(LIVEVLM_OVERLOAD(op), TORCH_BOX(&op))
+
 namespace {
 
-using livevlm::ops::summarize_blocks;  // one function serves every device: it looks at its tensors
+using namespace livevlm::ops;  // one function serves every device: it looks at its tensors
 
 void register_ops(torch::stable::detail::StableLibrary& library) {
-  library.impl("summarize_blocks", TORCH_BOX(&summarize_blocks));
+  LIVEVLM_IMPL(compact_tokens);
+  LIVEVLM_IMPL(evict_similar);
+  LIVEVLM_IMPL(merge_tokens);
+  LIVEVLM_IMPL(score_redundancy);
+  LIVEVLM_IMPL(score_tokens);
+  LIVEVLM_IMPL(select_tokens);
+  LIVEVLM_IMPL(summarize_blocks);
 }
 
 }  // namespace
@@ -19,7 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(livevlm_kernels, CPU, library) {
   register_ops(library);
 }
 
-#ifdef LIVEVLM_WITH_CUDA
+#if defined(LIVEVLM_WITH_CUDA) && !defined(LIVEVLM_EMULATED)
 STABLE_TORCH_LIBRARY_IMPL(livevlm_kernels, CUDA, library) {
   register_ops(library);
 }

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
+#include <vector>
 
 namespace livevlm::ops {
 
@@ -14,5 +16,30 @@ using torch::stable::Tensor;
 void summarize_blocks(const Tensor& k, const std::optional<Tensor>& seq_lens,
                       const std::optional<Tensor>& first_token, int64_t block_size, bool minmax,
                       const Tensor& out);
+
+Tensor score_tokens(const Tensor& q, const Tensor& k, const std::optional<Tensor>& seq_lens,
+                    const std::optional<Tensor>& positions, const std::optional<Tensor>& cos_sin_cache,
+                    double sm_scale, bool causal, bool per_head, int64_t num_shared);
+
+std::tuple<Tensor, Tensor> score_redundancy(const Tensor& k, const Tensor& v, const Tensor& recent_k,
+                                            const Tensor& slots, const std::optional<Tensor>& seq_lens,
+                                            bool per_head);
+
+std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores, const std::optional<Tensor>& seq_lens,
+                                         const std::optional<Tensor>& buckets, int64_t budget, int64_t num_top,
+                                         int64_t num_buckets, int64_t bucket_capacity);
+
+void compact_tokens(std::vector<Tensor> tensors, const Tensor& indices, bool per_head);
+
+std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const Tensor& slots, int64_t budget,
+                                         int64_t num_recent_frames, int64_t tokens_per_frame,
+                                         int64_t num_dissimilar, bool per_head, int64_t num_shared);
+
+std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& k, const Tensor& v,
+                                                const std::optional<Tensor>& groups,
+                                                const std::optional<Tensor>& indices,
+                                                const std::optional<Tensor>& sizes,
+                                                const std::optional<Tensor>& weights,
+                                                const std::optional<Tensor>& seq_lens, int64_t num_groups);
 
 }  // namespace livevlm::ops

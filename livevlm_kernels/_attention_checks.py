@@ -56,7 +56,7 @@ def per_token(
     check.dtype(name, value, dtypes)
     check.same_device(name, value, other_name, other)
     check.shape(name, value, shape, meaning)
-    return value.reshape(math.prod(shape[:-1]), shape[-1])
+    return value.reshape(math.prod(shape[:-1]), shape[-1]).contiguous()
 
 
 def queries(q: object, k: Tensor, lead: Sequence[int], num_kv_heads: int, head_dim: int) -> Tensor:

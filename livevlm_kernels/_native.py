@@ -7,6 +7,7 @@ A library that is there but does not load is reported, never ignored.
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def _load() -> str | None:
 
 WHY_MISSING: str | None = _load()
 LOADED: bool = WHY_MISSING is None
+
+# For tests: a library in which the CUDA kernels are CPU code (tests/emulation).
+EMULATED: str | None = os.environ.get("LIVEVLM_EMULATED")
+if EMULATED:
+    torch.ops.load_library(EMULATED)
 
 
 def implements(op: str, device_type: str) -> bool:

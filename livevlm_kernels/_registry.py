@@ -7,6 +7,8 @@ Every op is one dispatcher name with up to three overloads of the same schema:
     livevlm_kernels::<op>.triton      the Triton kernel
     livevlm_kernels::<op>.reference   the eager PyTorch definition
 
+(With LIVEVLM_EMULATED in the environment, for tests, there is also `.emulated`: CUDA kernels on CPU tensors.)
+
 All have the same fake (shape) function, so `torch.compile(fullgraph=True)`, `torch.export` and meta tensors work
 with each of them. Schemas are defined here, in Python, and need no compiled library.
 """
@@ -52,6 +54,8 @@ def define(
     overloads = {"reference": f"{name}.reference", "native": name}
     if triton is not None:
         overloads["triton"] = f"{name}.triton"
+    if _native.EMULATED:
+        overloads["emulated"] = f"{name}.emulated"
     for overload in overloads.values():
         _LIBRARY.define(f"{overload}{signature}", tags=(torch.Tag.needs_exact_strides,))
         torch.library.register_fake(f"livevlm_kernels::{overload}", fake, lib=_LIBRARY)
@@ -72,6 +76,8 @@ def define(
     for device_type in ("cpu", "cuda"):
         if _native.implements(name, device_type):
             _OVERLOADS[name, device_type] = packet.default
+    if _native.EMULATED and _native.implements(f"{name}.emulated", "cpu"):
+        _OVERLOADS[name, "emulated"] = packet.emulated
 
 
 def ops() -> tuple[str, ...]:
@@ -86,7 +92,7 @@ def backends(op: str, device: torch.device | str) -> tuple[str, ...]:
         order: tuple[str, ...] = ("cuda", "triton", "reference")
     elif device_type == "cpu":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        order = ("cpu", "reference", "triton") if interpreted else ("cpu", "reference")
+        order = ("cpu", "reference", *(["triton"] if interpreted else []), "emulated")
     else:
         order = ("reference",)
     return tuple(backend for backend in order if (op, backend) in _OVERLOADS)

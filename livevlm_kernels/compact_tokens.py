@@ -62,7 +62,7 @@ def compact_tokens(
             raise ArgumentError(f"indices names {num_kept} tokens of each row; {name} has seq_len = {seq_len} of them")
         attention.writable(name, value)
         flat.append(check.collapse(name, value, value.dim() - num_lead))
-    rows = indices.reshape(math.prod(lead), *indices.shape[-own:])
+    rows = indices.reshape(math.prod(lead), *indices.shape[-own:]).contiguous()
     overload("compact_tokens", backend, indices.device)(flat, rows, per_head)
 
 
@@ -75,4 +75,5 @@ define(
     "(Tensor(a!)[] tensors, Tensor indices, bool per_head) -> ()",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.compact_tokens",
 )

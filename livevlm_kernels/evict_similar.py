@@ -115,4 +115,5 @@ define(
     "int num_dissimilar, bool per_head, int num_shared) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.evict_similar",
 )

@@ -54,7 +54,7 @@ def merge_tokens(
     Returns:
         `(k_out, v_out, sizes_out)`: `[*, num_groups or n, num_kv_heads, head_dim]` in the dtype of `k`, twice, and
         float32 `[*, num_groups or n]`. An empty row, and one whose weights sum to 0, is zero and has size 0. Sums run
-        in float32 in token order.
+        in float32 in a fixed order.
 
     Raises:
         ArgumentError: a shape, dtype, device, stride or value is not allowed, or not exactly one way of grouping is
@@ -113,4 +113,5 @@ define(
     "SymInt num_groups) -> (Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.merge_tokens",
 )

@@ -84,4 +84,5 @@ define(
     "(Tensor k, Tensor v, Tensor recent_k, Tensor slots, Tensor? seq_lens, bool per_head) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.score_redundancy",
 )

@@ -112,4 +112,5 @@ define(
     "bool per_head, int num_shared) -> Tensor",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.score_tokens",
 )

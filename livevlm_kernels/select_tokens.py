@@ -101,4 +101,5 @@ define(
     "int bucket_capacity) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.select_tokens",
 )

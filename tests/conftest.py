@@ -2,7 +2,8 @@
 """Which tests run where, and the same random numbers every time.
 
 Tests marked `cuda` are skipped without a GPU. With TRITON_INTERPRET=1 in the environment only tests marked `interpret`
-run: Triton reads the switch when a kernel is defined, so interpreted kernels need a pytest process of their own.
+run: Triton reads the switch when a kernel is defined, so interpreted kernels need a pytest process of their own. In the
+same way LIVEVLM_EMULATED, the path of the library that tests/emulation builds, selects tests marked `emulated`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ torch.set_num_threads(1)  # these tensors are small: more threads only wait for 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if kit.INTERPRETED:
-        other = [item for item in items if "interpret" not in item.keywords]
-        config.hook.pytest_deselected(items=other)
-        items[:] = [item for item in items if "interpret" in item.keywords]
+    if kit.SLOW:
+        mark = "interpret" if kit.INTERPRETED else "emulated"
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker(mark)])
+        items[:] = [item for item in items if item.get_closest_marker(mark)]
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:

@@ -14,15 +14,18 @@ from torch import Tensor
 import livevlm_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = bool(os.environ.get("LIVEVLM_EMULATED"))  # CUDA kernels, on the CPU: see tests/emulation
+SLOW = INTERPRETED or EMULATED  # then leave out large shapes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def cases(op: str) -> list[Any]:
-    """All (backend, device) pairs of `op` as pytest parameters; only Triton on the CPU when it is interpreted."""
-    if INTERPRETED:
-        able = "triton" in livevlm_kernels.backends(op, "cpu")
-        return [pytest.param("triton", "cpu", marks=pytest.mark.interpret, id="triton-cpu")] if able else []
+    """All (backend, device) pairs of `op` as pytest parameters; under INTERPRETED or EMULATED only the slow one."""
+    if SLOW:
+        backend, mark = ("triton", pytest.mark.interpret) if INTERPRETED else ("emulated", pytest.mark.emulated)
+        able = backend in livevlm_kernels.backends(op, "cpu")
+        return [pytest.param(backend, "cpu", marks=mark, id=f"{backend}-cpu")] if able else []
     marks = {"cpu": [], "cuda": [pytest.mark.cuda]}
     return [
         pytest.param(backend, device, marks=marks[device], id=f"{backend}-{device}")
@@ -34,7 +37,7 @@ def cases(op: str) -> list[Any]:
 def overload(op: str, backend: str) -> Any:
     """The dispatcher overload behind a backend, for opcheck."""
     packet = getattr(torch.ops.livevlm_kernels, op)
-    return getattr(packet, backend if backend in ("triton", "reference") else "default")
+    return getattr(packet, backend if backend in ("triton", "reference", "emulated") else "default")
 
 
 def _surrounded(x: Tensor, padded: list[int], offset: int) -> Tensor:

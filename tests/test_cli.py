@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`livevlm ask` and `livevlm env` as a person types them."""
+"""`livevlm ask`, `livevlm env` and `livevlm bench` as a person types them."""
 
 from __future__ import annotations
 
@@ -159,6 +159,18 @@ def test_installed_command() -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["answers"][0]["answer"] == ASKED[-1]["answer"]
     assert done.stderr == ""
+
+
+def test_bench_kernels(tmp_path: Path) -> None:
+    result = run("bench", "kernels", "compression", "--device", "cpu", "--results", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    rows = (tmp_path / "compression.csv").read_text().splitlines()
+    assert rows[0].startswith("op,provider,shape,dtype,gpu,versions,median_us,p20_us,p80_us")
+    for policy in ("vision_sink", "similarity", "clip_merge"):
+        assert policy in result.stdout
+        assert {row.split(",")[1] for row in rows if policy in row} >= {"reference", "eager"}
+    unknown = run("bench", "kernels", "attention")
+    assert unknown.exit_code == 2 and "no benchmark is called attention; there are" in unknown.stderr
 
 
 def test_times_and_sizes() -> None:

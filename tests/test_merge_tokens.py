@@ -183,8 +183,9 @@ def test_layouts_and_leading_dimensions(layout, backend, device):
 
 @each_backend
 def test_deterministic(backend, device):
-    k, v = tokens((2, 5000, 2, 64), device)
-    groups = torch.randint(0, 3, (2, 5000), dtype=torch.int32, device=device)
+    length = 500 if kit.INTERPRETED else 5000
+    k, v = tokens((2, length, 2, 64), device)
+    groups = torch.randint(0, 3, (2, length), dtype=torch.int32, device=device)
     first, second = (merge_tokens(k, v, groups=groups, num_groups=3, backend=backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
+
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -18,19 +22,37 @@ pytestmark = pytest.mark.skipif(kit.INTERPRETED, reason="interpreted kernels are
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
 
 
-def compile_kernel(kernel, arch: int, num_warps: int = 4, **arguments):
-    """Compiles `kernel`. An argument is a type ("*bf16", "i32"; a "!" after it: divisible by 16) or a constant."""
-    names = kernel.arg_names
-    types = {name: value for name, value in arguments.items() if isinstance(value, str)}
-    source = ASTSource(
-        kernel,
-        signature={name: types[name].rstrip("!") if name in types else "constexpr" for name in names},
-        constexprs={name: arguments[name] for name in names if name not in types},
-        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").endswith("!")},
-    )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+def compile_kernel(kernel, arch: int, num_warps: int = 4, num_stages: int = 3, **arguments):
+    """Compiles `kernel` for `arch`. For sm_90, which the tiles are chosen for, no register may spill.
+
+    An argument is a type ("*bf16", "i32"; a "!" after it: divisible by 16), a constant, or a tuple of these; arguments
+    in upper case are constants.
+    """
+    signature, constants, attrs = {}, {}, {}
+
+    def describe(name, value, path):
+        if isinstance(value, tuple):
+            return tuple(describe(name, x, (*path, i)) for i, x in enumerate(value))
+        if name.isupper() or not isinstance(value, str):
+            constants[path] = value
+            return "constexpr"
+        if value.endswith("!"):
+            attrs[path] = [["tt.divisibility", 16]]
+        return value.rstrip("!")
+
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = describe(name, arguments[name], (i,))
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    spills = re.findall(r"(\d+) bytes spill", log.getvalue())
+    assert spills and (arch != 90 or not any(map(int, spills))), log.getvalue()
+    return compiled
 
 
 @pytest.mark.parametrize("arch", [80, 90])

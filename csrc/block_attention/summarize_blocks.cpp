@@ -37,8 +37,8 @@ void summarize_blocks(const Tensor& k, const std::optional<Tensor>& seq_lens,
   };
   if (out_numel == 0) return;
 #ifdef LIVEVLM_WITH_CUDA
-  if (k.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
+  if (use_cuda(k)) {
+    const DeviceGuard guard(k.get_device_index());
     return summarize_blocks_cuda(params, current_cuda_stream(k.get_device_index()));
   }
 #endif

@@ -17,8 +17,7 @@ void launch(const SummarizeBlocks& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.num_blocks, height)),
                   static_cast<unsigned>(std::min(p.batch, kMaxGridYZ)),
                   static_cast<unsigned>(std::min(ceil_div(vectors, width), kMaxGridYZ)));
-  summarize_blocks_kernel<T, kSize, kMinMax><<<grid, threads, 0, stream>>>(p);
-  check_launch("summarize_blocks");
+  launch_kernel(summarize_blocks_kernel<T, kSize, kMinMax>, grid, threads, 0, stream, p, "summarize_blocks");
 }
 
 }  // namespace

@@ -9,24 +9,12 @@
 
 #include "block_attention/summarize_blocks.h"
 #include "common/cuda_vec.cuh"
+#include "common/ptx.cuh"
 
 namespace livevlm {
 
 inline constexpr int kSummarizeThreads = 128;
 inline constexpr int kInFlight = 16;
-
-// As torch.amin and amax, these return NaN if either value is one; fminf and fmaxf would return the other.
-__device__ __forceinline__ float min_or_nan(float a, float b) {
-  float result;
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
-
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
 
 template <bool kMinMax, int kSize>
 struct BlockSummary {

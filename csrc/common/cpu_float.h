@@ -29,6 +29,12 @@ inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
 inline float to_float(float value) {
   return value;
 }
@@ -50,6 +56,43 @@ inline float to_float(Half value) {
   }
   const uint32_t exponent_bias = magnitude >= 0x7c00u ? (255u - 31u) << 23 : (127u - 15u) << 23;
   return bits_to_float(sign | ((magnitude << 13) + exponent_bias));
+#endif
+}
+
+template <typename T>
+T from_float(float value);  // nearest, ties to even
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+inline BFloat16 from_float<BFloat16>(float value) {
+  if (value != value) return {0x7fc0};
+  const uint32_t bits = float_to_bits(value);
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+template <>
+inline Half from_float<Half>(float value) {
+#ifdef __F16C__
+  return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  const uint32_t sign = float_to_bits(value) >> 16 & 0x8000u;
+  const uint32_t magnitude = float_to_bits(value) & 0x7fffffffu;
+  uint32_t bits;
+  if (magnitude > 0x7f800000u) {
+    bits = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    bits = 0x7c00u;  // 65520 and above round to infinity
+  } else if (magnitude < 0x38800000u) {
+    // A multiple of 2^-24: adding 0.5, whose last bit is worth just that, rounds.
+    bits = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+  } else {
+    bits = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | bits)};
 #endif
 }
 

@@ -4,9 +4,12 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
+#ifndef LIVEVLM_EMULATED
+#include <cuda_runtime.h>
+#endif
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -36,6 +39,12 @@ struct BoolTag {
   static constexpr bool value = kValue;
 };
 
+// A template argument as a value.
+template <int kValue>
+struct IntTag {
+  static constexpr int value = kValue;
+};
+
 template <typename Body>
 void dispatch_bool(bool flag, Body body) {
   return flag ? body(BoolTag<true>{}) : body(BoolTag<false>{});
@@ -60,16 +69,71 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Throws if the launch just made was refused. Does not wait for the kernel.
-inline void check_launch(const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
+// Throws if a call of the CUDA runtime failed.
+inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  std::string message = std::string(kernel) + ": " + cudaGetErrorString(error);
+  std::string message = std::string(what) + ": " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice) {
     message +=
         "; livevlm was built for " LIVEVLM_CUDA_ARCHS ". Reinstall it with LIVEVLM_CUDA_ARCHS for this GPU";
   }
   throw std::runtime_error(message);
+}
+
+// The only way kernels are launched: tests/emulation runs them on the CPU from here. Throws if the launch was
+// refused; does not wait for the kernel.
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                   const Params& params, const char* name) {
+#ifdef LIVEVLM_EMULATED
+  static_cast<void>(stream);
+  emu::run(kernel, grid, threads, shared_bytes, params, name);
+#else
+  if (shared_bytes > 48 * 1024) {  // more must be asked for
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               name);
+  }
+  kernel<<<grid, threads, shared_bytes, stream>>>(params);
+  check_cuda(cudaGetLastError(), name);
+#endif
+}
+
+inline int64_t device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
+  return value;
+}
+
+// Bytes of shared memory that a thread block can have on the current device.
+inline int64_t max_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
+
+inline int64_t num_multiprocessors() {
+  return device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+inline int64_t compute_capability_major() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor);
+}
+
+// Zeroes scratch memory, in the order of the stream.
+inline void zero(void* memory, int64_t bytes, cudaStream_t stream) {
+#ifdef LIVEVLM_EMULATED
+  static_cast<void>(stream);
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+#else
+  check_cuda(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream), "scratch memory");
+#endif
+}
+
+// A one-dimensional grid.
+inline dim3 grid_of(int64_t blocks) {
+  if (blocks > INT32_MAX)
+    throw std::runtime_error("these tensors need more thread blocks than a launch can have");
+  return dim3(static_cast<unsigned>(blocks));
 }
 
 }  // namespace livevlm

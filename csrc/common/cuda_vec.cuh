@@ -18,13 +18,17 @@ inline constexpr int kVectorSize = 16 / int{sizeof(T)};
 template <typename T, int kSize>
 struct Vec;
 
-// Past L1: for data each thread block reads once. Memory must not be written while the kernel runs.
+// Past L1: for data each thread block reads once. The calling thread must not have written it.
 __device__ __forceinline__ uint4 load_once(const uint4* source) {
+#ifdef LIVEVLM_EMULATED
+  return emu::load_once(source);
+#else
   uint4 value;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
       : "l"(source));
   return value;
+#endif
 }
 
 __device__ __forceinline__ float2 widen_pair(uint32_t word, TypeTag<__nv_bfloat16>) {
@@ -80,6 +84,16 @@ struct Vec<T, 1> {
   __device__ __forceinline__ void widen(float (&values)[1]) const { values[0] = static_cast<float>(element); }
 };
 
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high, TypeTag<__nv_bfloat16>) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high, TypeTag<__half>) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 // Writes kSize floats; 16 bytes at a time if there are that many, and then `target` must be 16-byte aligned.
 template <int kSize>
 __device__ __forceinline__ void store(float* target, const float (&values)[kSize]) {
@@ -92,6 +106,22 @@ __device__ __forceinline__ void store(float* target, const float (&values)[kSize
   } else {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) target[i] = values[i];
+  }
+}
+
+// The same, rounded to T.
+template <typename T, int kSize>
+__device__ __forceinline__ void store_as(T* target, const float (&values)[kSize]) {
+  if constexpr (sizeof(T) == 4) {
+    store(target, values);
+  } else if constexpr (kSize == 8) {
+    *reinterpret_cast<uint4*>(target) = make_uint4(
+        narrow_pair(values[0], values[1], TypeTag<T>{}), narrow_pair(values[2], values[3], TypeTag<T>{}),
+        narrow_pair(values[4], values[5], TypeTag<T>{}), narrow_pair(values[6], values[7], TypeTag<T>{}));
+  } else {
+    static_assert(kSize == 1, "one element, or 16 bytes");
+    const uint32_t pair = narrow_pair(values[0], 0.0f, TypeTag<T>{});
+    *reinterpret_cast<uint16_t*>(target) = static_cast<uint16_t>(pair);
   }
 }
 

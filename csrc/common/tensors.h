@@ -5,6 +5,7 @@
 // memory access when someone calls the dispatcher op directly.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
@@ -51,6 +52,27 @@ std::array<int64_t, kDims> strides_of(const Tensor& tensor) {
   }
   return strides;
 }
+
+// Whether a tensor goes to the CUDA kernels. tests/emulation runs those on CPU tensors.
+inline bool use_cuda(const Tensor& tensor) {
+#if defined(LIVEVLM_EMULATED)
+  static_cast<void>(tensor);
+  return true;
+#elif defined(LIVEVLM_WITH_CUDA)
+  return tensor.is_cuda();
+#else
+  static_cast<void>(tensor);
+  return false;
+#endif
+}
+
+#ifdef LIVEVLM_EMULATED
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+};
+#else
+using torch::stable::accelerator::DeviceGuard;
+#endif
 
 inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& like) {
   STD_TORCH_CHECK(tensor.is_cuda() == like.is_cuda() && tensor.is_cpu() == like.is_cpu() &&

@@ -8,6 +8,7 @@ import json
 import click
 
 from livevlm.cli.ask import ask
+from livevlm.cli.bench import bench
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -32,5 +33,6 @@ def env(as_json: bool) -> None:
 
 
 main.add_command(ask)
+main.add_command(bench)
 
 __all__ = ["main"]

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// The PTX instructions that CUDA C++ has no function for. tests/emulation has its own version of each.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace livevlm {
+
+#ifdef LIVEVLM_EMULATED
+using emu::cp_async16;
+using emu::cp_async_commit;
+using emu::cp_async_wait;
+using emu::exp2_approx;
+using emu::load_acquire;
+using emu::max_or_nan;
+using emu::min_or_nan;
+using emu::mma_m16n8k16;
+using emu::store_release;
+#else
+
+// Flags between thread blocks. Loads and stores before a release are seen by whoever acquires its value.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+// As torch.amin and amax, these return NaN if either value is one; fminf and fmaxf would return the other.
+__device__ __forceinline__ float min_or_nan(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// d += a * b for a 16x16 row-major `a` and a 16x8 column-major `b`, spread over the warp as PTX defines.
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             TypeTag<__nv_bfloat16>) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             TypeTag<__half>) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Copies 16 bytes from global to shared memory in the background, or writes zeros if not `valid`.
+__device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid) {
+  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#endif
+
+}  // namespace livevlm
+
+// Dynamic shared memory as an array of `Type`.
+#ifdef LIVEVLM_EMULATED
+#define LIVEVLM_DYNAMIC_SHARED(Type, name) Type* name = static_cast<Type*>(emu::dynamic_shared())
+#else
+#define LIVEVLM_DYNAMIC_SHARED(Type, name)                                 \
+  extern __shared__ __align__(128) unsigned char livevlm_dynamic_shared[]; \
+  Type* name = reinterpret_cast<Type*>(livevlm_dynamic_shared)
+#endif

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Torch side of `evict_similar`: unpacks the tensors and calls the kernel of their device.
+#include "kv_evict/evict_similar.h"
+
+#include "common/launch.h"
+#include "common/token_tensors.h"
+#include "ops.h"
+
+namespace livevlm::ops {
+
+std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const Tensor& slots,
+                                         int64_t budget, int64_t num_recent_frames, int64_t tokens_per_frame,
+                                         int64_t num_dissimilar, bool per_head, int64_t num_shared) {
+  const auto [batch, seq_len, num_heads, head_dim] = sizes_of<4>(k, "k");
+  const int64_t recent = num_recent_frames * tokens_per_frame;
+  STD_TORCH_CHECK(num_recent_frames >= 1 && tokens_per_frame >= 1 && recent <= budget && budget <= seq_len,
+                  "budget=", budget, " must lie between ", recent, " recent tokens and seq_len=", seq_len);
+  STD_TORCH_CHECK(0 <= num_dissimilar && num_dissimilar <= budget - recent, "num_dissimilar=", num_dissimilar,
+                  " must lie between 0 and ", budget - recent);
+  STD_TORCH_CHECK(seq_len < (int64_t{1} << 31), "seq_len=", seq_len, " must be below 2^31");
+  STD_TORCH_CHECK(num_shared >= 1 && batch % num_shared == 0 && (num_shared == 1 || !per_head),
+                  "num_shared=", num_shared, " must divide the batch and excludes per_head");
+  auto outputs = [&](bool counts) {
+    if (per_head) {
+      return counts ? torch::stable::new_empty(k, {batch, num_heads}, ScalarType::Int)
+                    : torch::stable::new_empty(k, {batch, num_heads, budget}, ScalarType::Int);
+    }
+    return counts ? torch::stable::new_empty(k, {batch}, ScalarType::Int)
+                  : torch::stable::new_empty(k, {batch, budget}, ScalarType::Int);
+  };
+  Tensor indices = outputs(false), counts = outputs(true);
+  const EvictSimilar params{
+      .k = tokens_of(k),
+      .v = tokens_like(v, "v", k),
+      .k_rows = rows_of(k, "k", per_head),
+      .v_rows = rows_of(v, "v", per_head),
+      .slots = contiguous_data<const int32_t>(slots, "slots", ScalarType::Int, batch * seq_len, k),
+      .dtype = float_dtype(k, "k"),
+      .batch = batch,
+      .seq_len = seq_len,
+      .num_heads = num_heads,
+      .head_dim = head_dim,
+      .budget = budget,
+      .num_frames = num_recent_frames,
+      .tokens_per_frame = tokens_per_frame,
+      .num_dissimilar = num_dissimilar,
+      .num_shared = num_shared,
+      .per_head = per_head,
+      .indices = static_cast<int32_t*>(indices.data_ptr()),
+      .counts = static_cast<int32_t*>(counts.data_ptr()),
+  };
+  if (batch > 0) LIVEVLM_RUN(evict_similar, params, k);
+  return {indices, counts};
+}
+
+}  // namespace livevlm::ops
