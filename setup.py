@@ -86,6 +86,7 @@ def kernel_table(log: str) -> str:
     if not rows or not shutil.which("c++filt"):
         return ""
     names = subprocess.run(["c++filt", *(name for name, _ in rows)], capture_output=True, text=True).stdout.splitlines()
+    names = [name.replace("(anonymous namespace)::", "") for name in names]
     short = (re.sub(r"^void |livevlm::|\(.*\)$", "", name) for name in names)
     lines = sorted(f"  {figures}  {name}" for name, (_, figures) in zip(short, rows, strict=True))
     return "\n".join(["  arch     registers   shared  kernel", *lines])

@@ -77,6 +77,9 @@ def main() -> None:
             memory = [(model.full, model.budget, whole, scope) for scope in ("layer", "shared")]
             for tokens, budget, recent, scope in [*clips, *memory, (model.clip(32), model.clip(16), 4, "per head")]:
                 sets = 1 if scope == "shared" else model.num_kv_heads if scope == "per head" else model.num_layers
+                # all keys and values read, what is kept written, once
+                moved = 2 * model.kv_bytes(tokens + budget) + 4 * (model.num_layers * tokens + sets * budget)
+                twice = moved + 2 * model.kv_bytes(budget)  # what is kept is read again: see docs/kernels.md
                 bench.run(
                     f"{model.text(tokens)} keep {budget} {scope}",
                     DTYPE,
@@ -85,11 +88,13 @@ def main() -> None:
                         "v": model.kv(tokens, device),
                         "slots": model.slots(tokens, device),
                     },
-                    # all keys and values read, what is kept written, once
-                    moved=2 * model.kv_bytes(tokens + budget) + 4 * (model.num_layers * tokens + sets * budget),
+                    moved=moved,
                     providers=providers(model, tokens, budget, recent, scope, device),
                     check=check,
                     in_place=True,
+                    columns=lambda us, twice=twice: {
+                        "percent_of_copy_kept_read_twice": round(100 * twice / us / 1e3 / bench.ceiling, 1)
+                    },
                 )
 
 

@@ -35,7 +35,7 @@ KEY = ("op", "provider", "shape", "dtype", "gpu", "versions")
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")  # the first that is there is what "auto" takes
 OTHER_RESULT = " (other result)"
 
-SECONDS = 0.3  # of samples for each provider
+SECONDS = 0.15  # of samples for each provider
 PROVIDER_MEMORY = 20e9  # bytes that a provider may allocate
 TOTAL_MEMORY = 60e9  # bytes for the inputs and all providers of a shape: each graph keeps its own
 
@@ -164,7 +164,7 @@ def timer(calls: Sequence[Call], device: str, before: Call | None = None) -> Gra
 
 def measure(timers: dict[str, Graph | Wall], device: str) -> dict[str, list[float]]:
     """Microseconds a call, sorted, of each timer."""
-    warm_until = time.perf_counter() + (0.2 if device == "cuda" else 0.0)  # by time: clocks rise under load
+    warm_until = time.perf_counter() + (0.1 if device == "cuda" else 0.0)  # by time: clocks rise under load
     while True:
         once = {name: each.microseconds() for name, each in timers.items()}
         if time.perf_counter() >= warm_until:

@@ -10,8 +10,10 @@ cd "$(dirname "$0")/.."
 results=$(realpath -m "${1:?usage: bench/run_gpu.sh RESULTS_FOLDER}")
 mkdir -p "$results"
 export PYTHONPATH=$PWD:$PWD/python:$PWD/bench${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-# Tests to repeat under each sanitizer tool: compiled CUDA kernels, on small and odd shapes.
-SANITIZE=${SANITIZE:-"cuda-cuda and (odd or ones or ragged or first_token or writes_every or padded or misaligned)"}
+# PARTS: which of "tests sanitizers benchmarks" to run. JOBS: test processes at a time; benchmarks run alone.
+PARTS=${PARTS:-tests sanitizers benchmarks} JOBS=${JOBS:-12}
+# Tests to repeat under each sanitizer tool: compiled CUDA kernels; not what is large, or about Python.
+SANITIZE=${SANITIZE:-"cuda-cuda and not (7B or paper or sweep or refuses or opcheck or compiled or layers or past_int32)"}
 
 failed=()
 section() { # section NAME COMMAND...: runs it, logs it, remembers a failure
@@ -29,32 +31,72 @@ build() {
   LIVEVLM_CUDA=ON LIVEVLM_CUDA_ARCHS=$capability-real python3 setup.py -q build_ext --inplace
 }
 
-# Only tests of kernels: those of the layers above need packages that may not be here.
+ops() { python3 -c 'from livevlm_kernels import _registry; print(*_registry.ops(), sep="\n")'; }
+
+# Only tests of kernels: those of the layers above need packages that may not be here. One process a line.
 kernel_tests() {
-  python3 -c '
-from pathlib import Path
-from livevlm_kernels import _registry
-stems = [*_registry.ops(), "ops_contract", "build", "triton_compile"]
-print(*(path for stem in stems if (path := Path(f"tests/test_{stem}.py")).exists()))'
+  ops | sed 's|^|tests/test_ops_contract.py -k |' # the slowest by far
+  grep -lE '^import kit$|^from livevlm_kernels|^import livevlm_kernels' tests/test_*.py | grep -vE 'bench|ops_contract'
+}
+one_test() { python3 -m pytest -q -p no:cacheprovider $1; } # one_test "FILE OPTIONS"
+
+# in_parallel COMMAND...: runs it with each line of the input as a further argument; prints logs of failures at length.
+in_parallel() {
+  local logs
+  logs=$(mktemp -d)
+  export -f quietly
+  xargs -P "$JOBS" -I{} bash -c 'quietly "$@"' _ "$logs" {} "$@" {}
+  local status=$?
+  rm -rf "$logs"
+  return $status
+}
+quietly() { # quietly FOLDER NAME COMMAND...: prints the last line, or more if it fails
+  local log=$1/${2//[\/ ]/_} name=$2
+  shift 2
+  if "$@" >"$log" 2>&1; then
+    printf '%-44s %s\n' "$name" "$(grep -E 'passed|deselected|SUMMARY' "$log" | tail -2 | tr '\n' ' ')"
+  else
+    local status=$?
+    [ $status -eq 5 ] && return 0 # no test selected
+    printf '%-44s FAILED with %s\n' "$name" $status
+    tail -40 "$log"
+    return 1
+  fi
 }
 
-tests() { python3 -m pytest -q -p no:cacheprovider --durations=10 $(kernel_tests); }
+tests() { kernel_tests | in_parallel one_test; }
 
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
-sanitize() {
+one_sanitizer() { # one_sanitizer "TOOL FILE"
+  set -- $1
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 "$sanitizer" --tool "$1" --error-exitcode 99 --launch-timeout 0 \
+    python3 -m pytest -q -x -p no:cacheprovider -m cuda -k "$SANITIZE" "$2"
+}
+export -f one_test one_sanitizer
+export sanitizer SANITIZE
+sanitizers() {
   [ -n "$sanitizer" ] || { echo "no compute-sanitizer"; return 1; }
   # Without the caching allocator each tensor has bounds of its own.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 "$sanitizer" --tool "$1" --error-exitcode 99 --launch-timeout 0 \
-    python3 -m pytest -q -x -p no:cacheprovider -m cuda -k "$SANITIZE" $(kernel_tests)
+  local op tool
+  for tool in racecheck memcheck initcheck synccheck; do
+    for op in $(ops); do
+      if ls csrc/*/"$op".cu >/dev/null 2>&1; then echo "$tool tests/test_$op.py"; fi
+    done
+  done | in_parallel one_sanitizer
 }
 
 [ -f livevlm_kernels/_C.abi3.so ] || section "build" build
 section "environment" python3 -m livevlm_kernels.env
-section "tests" tests
-for tool in memcheck racecheck initcheck synccheck; do section "$tool" sanitize "$tool"; done
-for script in bench/bench_*.py; do
-  name=$(basename "$script" .py)
-  section "$name" timeout 300 python3 "$script" --results "$results" # rows are saved as soon as a shape is done
+for part in $PARTS; do
+  case $part in
+    tests | sanitizers) section "$part" "$part" ;;
+    benchmarks)
+      for script in bench/bench_*.py; do # rows are saved as soon as a shape is done
+        section "$(basename "$script" .py)" timeout 300 python3 "$script" --results "$results"
+      done
+      ;;
+    *) failed+=("unknown part $part") ;;
+  esac
 done
 
 printf '\n== %4ds  ' "$SECONDS"

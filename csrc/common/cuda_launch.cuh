@@ -15,6 +15,7 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/tokens.h"
 
 namespace livevlm {
 
@@ -63,6 +64,13 @@ inline bool rows_aligned16(const void* pointer, int64_t element_size,
     if (stride * element_size % 16 != 0) return false;
   }
   return aligned16(pointer);
+}
+
+// Whether a tensor can be read 16 bytes at a time, head by head.
+inline bool vectorised(const Tokens& tokens, int64_t head_dim, int64_t element_size) {
+  return tokens.stride_dim == 1 && head_dim * element_size % 16 == 0 &&
+         rows_aligned16(tokens.data, element_size,
+                        {tokens.stride_batch, tokens.stride_token, tokens.stride_head});
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How CUDA kernels move rows: for `compact_tokens`, and for what ends with it.
+// Device code of `compact_tokens`.
 //
 // Rows move towards the front, and front rows are sources too. A thread block moves one chunk of rows: it
 // loads the whole chunk into registers, says so, and writes only when every chunk before its own has been

@@ -6,108 +6,12 @@
 // through its heads; kHeads heads are loaded before the first is used.
 #pragma once
 
-#include "common/cuda_vec.cuh"
-#include "kv_evict/score_redundancy.h"
+#include "kv_evict/recent_patches.cuh"
 
 namespace livevlm {
 
-inline constexpr int kRedundancyThreads = 128;
 inline constexpr int kHeads = 4;
 inline constexpr int kTokensPerGroup = 2;  // one after another
-
-template <int kLanes>
-inline constexpr int kGroups = kRedundancyThreads / kLanes;  // of lanes in a block
-
-struct RedundancyKernel {
-  ScoreRedundancy op;
-  float* patches;   // [batch, tokens_per_frame, num_heads, head_dim]
-  float one_frame;  // 1 / num_frames
-};
-
-template <int kLanes>
-__device__ __forceinline__ float sum_of_lanes(float value) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step, kLanes);
-  return value;
-}
-
-__device__ __forceinline__ float inverse_norm(float squares) {
-  return squares == 0.0f ? 1.0f : rsqrtf(squares);
-}
-
-template <int kSize>
-__device__ __forceinline__ void load_floats(const float* source, float (&values)[kSize]) {
-  if constexpr (kSize % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kSize; i += 4) {
-      const float4 four = __ldcg(reinterpret_cast<const float4*>(source + i));
-      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = __ldcg(source + i);
-  }
-}
-
-template <int kLanes>
-__host__ __device__ inline int64_t patch_tiles(const ScoreRedundancy& op) {
-  return (op.tokens_per_frame * op.num_heads + kGroups<kLanes> - 1) / kGroups<kLanes>;
-}
-
-// The patches of kGroups slots and heads of one sequence, from `tile` * kGroups on; heads are next to each
-// other.
-template <typename T, int kSize, int kLanes>
-__device__ __forceinline__ void make_patches(const RedundancyKernel& p, int64_t batch, int64_t tile) {
-  const ScoreRedundancy& op = p.op;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const auto heads = static_cast<uint32_t>(op.num_heads);
-  const auto place = static_cast<uint32_t>(tile * kGroups<kLanes> + threadIdx.x / kLanes);
-  const bool inside = place < op.tokens_per_frame * heads;
-  const uint32_t slot = inside ? place / heads : 0, head = inside ? place % heads : 0;
-  const T* of_head = static_cast<const T*>(op.recent_k.data) + batch * op.recent_k.stride_batch +
-                     slot * op.recent_k.stride_token + head * op.recent_k.stride_head;
-  float* patch = p.patches + (batch * op.tokens_per_frame * heads + place) * op.head_dim;
-  constexpr int kStep = kLanes * kSize, kFrames = 4;
-  const int head_dim = static_cast<int>(op.head_dim), num_frames = static_cast<int>(op.num_frames);
-
-  // One piece of the row at a time: kSize elements a lane. Almost always the only one.
-  for (int piece = 0; piece < head_dim; piece += kStep) {
-    const int dim = piece + lane * kSize;
-    float sums[kSize] = {};
-    for (int first = 0; first < num_frames; first += kFrames) {
-      Vec<T, kSize> loaded[kFrames];
-#pragma unroll
-      for (int i = 0; i < kFrames; ++i) {
-        const bool wanted = first + i < num_frames && dim < head_dim;
-        if (wanted)
-          loaded[i].load(of_head + int64_t{first + i} * op.stride_frame + dim * op.recent_k.stride_dim);
-      }
-#pragma unroll
-      for (int i = 0; i < kFrames; ++i) {
-        if (first + i >= num_frames) break;
-        float values[kSize], squares = 0.0f;
-        loaded[i].widen(values);
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) squares += values[j] * values[j];
-        for (int other = lane * kSize; head_dim > kStep && other < head_dim; other += kStep) {
-          if (other == dim) continue;
-          float rest[kSize];
-          Vec<T, kSize> more;
-          more.load(of_head + int64_t{first + i} * op.stride_frame + other * op.recent_k.stride_dim);
-          more.widen(rest);
-#pragma unroll
-          for (int j = 0; j < kSize; ++j) squares += rest[j] * rest[j];
-        }
-        const float inverse = inverse_norm(sum_of_lanes<kLanes>(squares));
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) sums[j] += values[j] * inverse;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) sums[j] *= p.one_frame;
-    if (inside && dim < head_dim) store(patch + dim, sums);
-  }
-}
 
 // What a lane has of kHeads heads of a token: all loads are made before the first is used.
 template <typename T, int kSize>
@@ -250,13 +154,6 @@ __device__ __forceinline__ void score_tile(const RedundancyKernel& p, int64_t ba
     const int64_t token = first + i * kGroups<kLanes>;
     score_token<T, kSize, kLanes>(p, batch, token, slots[i], token < length, token < p.op.seq_len);
   }
-}
-
-template <typename T, int kSize, int kLanes>
-__global__ void __launch_bounds__(kRedundancyThreads, 4)
-    make_patches_kernel(const __grid_constant__ RedundancyKernel p) {
-  const auto tiles = static_cast<uint32_t>(patch_tiles<kLanes>(p.op));
-  make_patches<T, kSize, kLanes>(p, blockIdx.x / tiles, blockIdx.x % tiles);
 }
 
 template <typename T, int kSize, int kLanes>

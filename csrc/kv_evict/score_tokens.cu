@@ -15,15 +15,9 @@ namespace {
 
 constexpr int kAverageThreads = 256;
 
-bool vectorised(const Tokens& tokens, int64_t element_size) {
-  return tokens.stride_dim == 1 &&
-         rows_aligned16(tokens.data, element_size,
-                        {tokens.stride_batch, tokens.stride_token, tokens.stride_head});
-}
-
 bool uses_mma(const ScoreTokens& op) {
-  return op.dtype != DType::kFloat32 && (op.head_dim == 64 || op.head_dim == 128) && vectorised(op.q, 2) &&
-         vectorised(op.k, 2);
+  return op.dtype != DType::kFloat32 && (op.head_dim == 64 || op.head_dim == 128) &&
+         vectorised(op.q, op.head_dim, 2) && vectorised(op.k, op.head_dim, 2);
 }
 
 // Warpgroup products exist on Hopper alone. LIVEVLM_SCORE=mma in the environment turns them off, for

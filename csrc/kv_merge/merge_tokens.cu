@@ -62,13 +62,6 @@ Plan plan(const MergeTokens& op, char* workspace) {
   return plan;
 }
 
-template <typename T>
-bool vectorised(const Tokens& tokens, int64_t head_dim) {
-  return tokens.stride_dim == 1 && head_dim % kVectorSize<T> == 0 &&
-         rows_aligned16(tokens.data, sizeof(T),
-                        {tokens.stride_batch, tokens.stride_token, tokens.stride_head});
-}
-
 // Launches `kernel` over tiles of orphans and parts of the survivors: parts of one tile only until every
 // multiprocessor has a block, of more until there are so many that the last ones matter little.
 void launch_nearest(void (*kernel)(NearestKernel), NearestKernel p, int64_t orphans, int64_t rows,
@@ -88,7 +81,7 @@ template <typename T>
 void find_nearest(const NearestKernel& p, cudaStream_t stream) {
   const MergeTokens& op = p.op;
   constexpr int64_t kWarps = kPrepareThreads / 32;
-  const bool wide = vectorised<T>(op.k, op.head_dim);
+  const bool wide = vectorised(op.k, op.head_dim, sizeof(T));
   const int64_t blocks = op.batch + ceil_div(op.batch * op.num_groups, kWarps);
   launch_kernel(wide ? prepare_nearest_kernel<T, kVectorSize<T>> : prepare_nearest_kernel<T, 1>,
                 grid_of(blocks), kPrepareThreads, 0, stream, p, "merge_tokens: survivors");
@@ -147,7 +140,7 @@ void merge_tokens_cuda(const MergeTokens& op, void* workspace, void* stream) {
     }
     const MergeKernel kernel{op, sorted ? planned.order.order : nullptr,
                              sorted ? planned.order.starts : nullptr, 0, 0};
-    const bool wide = vectorised<T>(op.k, op.head_dim) && vectorised<T>(op.v, op.head_dim);
+    const bool wide = vectorised(op.k, op.head_dim, sizeof(T)) && vectorised(op.v, op.head_dim, sizeof(T));
     wide ? find_means<T, kVectorSize<T>>(kernel, cuda_stream) : find_means<T, 1>(kernel, cuda_stream);
   });
 }

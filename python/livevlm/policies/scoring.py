@@ -28,14 +28,13 @@ def attention_scores(memory: Memory, queries: QueryWindow, rope: Rope, config: C
     layers, num_tokens, device = k.shape[0], k.shape[1], k.device
     q = queries.newest()[:, -num_tokens:]
     if config.positions == "packed":
-        positions = torch.arange(first_slot, memory.end, device=device) - memory.base
-        positions = positions.expand(layers, -1)
+        positions = torch.arange(first_slot, memory.end, device=device)[None] - memory.base  # the same in all layers
     else:
         positions = memory.position[:, first_slot : memory.end]
     q = Rope.rotate(q, rope.angles(positions[:, num_tokens - q.shape[1] :], q))
     # A table row for each key, so that its size follows the memory and not the length of the stream.
     table = rope.cos_sin_cache(positions)
-    row = torch.arange(table[..., 0].numel(), dtype=torch.int32, device=device).view(layers, num_tokens)
+    row = torch.arange(table[..., 0].numel(), dtype=torch.int32, device=device).view(-1, num_tokens).expand(layers, -1)
     reduction = "shared" if config.scope == "shared" else "layer"
     scores = score_tokens(q, k, positions=row, cos_sin_cache=table.flatten(0, 1), reduction=reduction)
     return scores.expand(layers, -1) if config.scope == "shared" else scores
