@@ -17,6 +17,15 @@ import torch
 import livevlm_kernels
 from livevlm_kernels import _native, env
 
+COMPILED = [
+    "summarize_blocks",
+    "score_tokens",
+    "score_redundancy",
+    "select_tokens",
+    "compact_tokens",
+    "evict_similar",
+    "merge_tokens",
+]
 needs_library = pytest.mark.skipif(not _native.LOADED, reason="built without compiled kernels")
 
 
@@ -29,12 +38,14 @@ def run(*command: str | Path) -> str:
 
 
 @needs_library
-def test_ops_are_registered_for_the_devices_built_for():
-    dump = torch._C._dispatch_dump("livevlm_kernels::summarize_blocks")
+@pytest.mark.parametrize("op", COMPILED)
+def test_ops_are_registered_for_the_devices_built_for(op):
+    dump = torch._C._dispatch_dump(f"livevlm_kernels::{op}")
     assert re.search(r"^CPU:", dump, re.MULTILINE)
+    assert livevlm_kernels.backends(op, "cpu")[0] == "cpu"
     if build_info().cuda_archs:
         assert re.search(r"^CUDA:", dump, re.MULTILINE)
-        assert livevlm_kernels.backends("summarize_blocks", "cuda")[0] == "cuda"
+        assert livevlm_kernels.backends(op, "cuda")[0] == "cuda"
 
 
 @needs_library

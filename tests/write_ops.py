@@ -94,8 +94,8 @@ def compact_heads(backend: str, k: Tensor, v: Tensor, head_indices: Tensor) -> l
 def evict(**options: Any) -> Callable[..., list[Tensor]]:
     def run(backend: str, k: Tensor, v: Tensor, slots: Tensor) -> list[Tensor]:
         length = k.shape[1]
-        options.update(num_recent_frames=FRAMES, tokens_per_frame=max(1, length // 6), backend=backend)
-        return [*lk.evict_similar(k, v, slots, length * 2 // 3, **options), k, v]
+        frames = {"num_recent_frames": FRAMES, "tokens_per_frame": max(1, length // 6)}
+        return [*lk.evict_similar(k, v, slots, length * 2 // 3, **frames, **options, backend=backend), k, v]
 
     return run
 

@@ -35,30 +35,26 @@ struct Logits {
   }
 };
 
-// Adds over the eight lanes that share rows. As long as a lane has several values, it gives half of them to
-// its partner for the other half of the partner's: that takes fewer shuffles than adding all in all lanes.
-// Returns the value that values[0] is then.
-template <int kValues>
+// Adds over the eight lanes that share rows: from kStep = 16 down to 4. As long as a lane has several values,
+// it gives half of them to its partner for the other half of the partner's: that takes fewer shuffles than
+// adding all in all lanes. Returns the number of the value that values[0] is then.
+template <int kCount, int kStep = 16, int kValues>
 __device__ __forceinline__ int sum_over_keys(float (&values)[kValues]) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  int first = 0;
+  if constexpr (kStep < 4) {
+    return 0;
+  } else if constexpr (kCount == 1) {
+    values[0] += __shfl_xor_sync(~0u, values[0], kStep);
+    return sum_over_keys<1, kStep / 2>(values);
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = (threadIdx.x & kStep) != 0;
 #pragma unroll
-  for (int step = 16, count = kValues; step >= 4; step /= 2) {
-    const bool upper = (lane & step) != 0;
-    if (count > 1) {
-      count /= 2;
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        const float give = upper ? values[i] : values[i + count],
-                    keep = upper ? values[i + count] : values[i];
-        values[i] = keep + __shfl_xor_sync(~0u, give, step);
-      }
-      first += upper ? count : 0;
-    } else {
-      values[0] += __shfl_xor_sync(~0u, values[0], step);
+    for (int i = 0; i < kHalf; ++i) {
+      const float give = upper ? values[i] : values[i + kHalf], keep = upper ? values[i + kHalf] : values[i];
+      values[i] = keep + __shfl_xor_sync(~0u, give, kStep);
     }
+    return (upper ? kHalf : 0) + sum_over_keys<kHalf, kStep / 2>(values);
   }
-  return first;
 }
 
 // The sums of a thread's keys for each of its rows, relative to `tops`.
@@ -117,7 +113,7 @@ __device__ __forceinline__ void add_to_sums(const Logits<kEights, kKeys>& logits
     raise_tops(logits, tops, sums, scale);
     exponentials(logits, tops, scale, values);
   }
-  const int first = sum_over_keys(values);
+  const int first = sum_over_keys<kValues>(values);
   if constexpr (kValues == 16) {  // two rows a lane are left
     float2* two = reinterpret_cast<float2*>(sums + first * 4 + own);
     two->x += values[0], two->y += values[1];

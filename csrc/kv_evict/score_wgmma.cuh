@@ -109,10 +109,12 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
         for (int step = 0; step < kDim / 16; ++step) {
           wgmma_m64n64k16(reinterpret_cast<float (&)[32]>(logits.of), keys.operands[step / 2][step % 2][0],
                           step < 4 ? low + 2 * step : high + 2 * (step - 4), step > 0, TypeTag<T>{});
+          if (step == kDim / 16 - 3) wgmma_commit();
         }
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<1>();  // two products before the end: the next group needs as long to get going
         named_barrier_arrive(1 + (group + 1) % kScoreGroups, 2 * kGroupThreads);
+        wgmma_wait<0>();
         if (masked) logits.mask(p, task, token, first_row + row);
         if constexpr (kSecond) {
           add_shares(logits, vectors + row, p.scale, shares);
