@@ -23,7 +23,8 @@ from bench_compact_tokens import FACTS
 from shapes import DTYPE, Model, models, rope_table
 
 # The 7B language model's forward of a 32-frame clip over 14k keys, plain SDPA, transformers 5.17 on an H100: 8.4 ms a
-# frame. Vision (1.7 ms a frame or more) comes on top, so percentages of it are upper bounds.
+# frame. Vision (1.65 ms a frame or more) comes on top, so percentages of it are upper bounds: for the share of the whole
+# encoding multiply by 8.4 / (8.4 + 1.65).
 ENCODE_MS = {"7B": 32 * 8.4}
 NUM_QUERIES, BLOCK_SIZE, RECENT = 64, 16, 2  # livevlm.Config's defaults; the last in frames
 KEEP_RATIO = 0.25  # of a clip, in clip_merge
@@ -165,7 +166,8 @@ def check(result: list[Tensor], expected: list[Tensor]) -> None:
         common, match = torch.isin(mine, other[once[1]]) & once[0], torch.isin(other, mine[once[0]]) & once[1]
         assert common.sum() >= 0.9 * common.numel()
         for x, y in ((k, expected[1]), (v, expected[2])):
-            torch.testing.assert_close(x[layer, common], y[layer, match], rtol=0, atol=0)
+            # Almost all of these are moved bit by bit; a frame's mean may be rounded to the next value.
+            torch.testing.assert_close(x[layer, common], y[layer, match], rtol=2**-7, atol=2**-12)
     again = baselines.summarize_blocks(k, block_size=BLOCK_SIZE)
     torch.testing.assert_close(summary, again, rtol=1e-5, atol=1e-5)
 

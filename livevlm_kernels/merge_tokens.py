@@ -31,7 +31,7 @@ def merge_tokens(
     2505.15269 v1), and with attention `weights` that of StreamMem (arXiv 2508.15717). With `indices` every valid token
     that is not a survivor is folded into the survivor whose key, all heads as one vector, has the highest cosine to its
     own: bipartite merging in the manner of ToMe (arXiv 2210.09461) and kvpress' MergingPress. There the lowest row wins
-    ties, which means exact ties of float32 cosines.
+    ties, which means exact ties of float32 cosines. Who takes in whom among keys that hold NaN is not defined.
 
     A token counts with the weight size * weight, and the sum of these is the size of the merged token. Passing sizes on
     makes merging in steps the same as merging at once, up to the rounding of `k` and `v` to their dtype.

@@ -49,6 +49,6 @@ def test_error_against_float64(num_qo_heads, num_kv_heads, head_dim, rope, dtype
     exact = attention(q.double(), rotate(k.double(), cos, sin) if rope else k.double(), torch.float64)
     plain = attention(q, rotate(k, cos, sin) if rope else k, torch.float32)
     allowed = 2 * (plain - exact).abs().max() + 1e-7
-    assert exact[..., 0].mean() > 0.01 or rope
+    assert exact[..., 0].mean() > 0.01
     error = (score_tokens(q, k, **options, backend=backend) - exact).abs().max()
     assert error <= allowed

@@ -59,7 +59,8 @@ def draw_scores(rng, seq_len):
 @each_backend
 def test_random_sweep_against_the_greedy_walk(backend, device):
     rng = random.Random(0)
-    for _ in range(100 if kit.SLOW else 400):
+    compiles = (backend, device) == ("triton", "cuda")  # anew for each kind of size
+    for _ in range(40 if compiles else 100 if kit.SLOW else 400):
         batch, seq_len = rng.randint(1, 4), rng.randint(1, 40)
         budget, ratio, capacity = rng.randint(1, seq_len), rng.choice([0, 0.3, 0.5, 1]), rng.randint(1, 3)
         num_buckets = rng.choice([None, 1, rng.randint(1, 2 * seq_len)])

@@ -51,7 +51,6 @@ VIEWS = [
     {"pad": "bthd", "by": 8, "offset": 8},
     {"order": "dhtb", "pad": "bthd", "by": 3, "every_second": "b", "offset": 5},
 ]
-FEW = VIEWS[1::4] if kit.INTERPRETED else VIEWS
 SHAPE = (2, 21, 2, 64)
 
 
@@ -69,16 +68,17 @@ def test_there_are_41_views():
 
 
 @each_call
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [dtype for dtype in kit.DTYPES if dtype != torch.float16])
 def test_views(name, dtype, backend, device):
     if name == "score_rotated" and dtype != torch.float32:
         pytest.skip("rotated keys may be rounded to 16 bits or not")
     call = CALLS[name]
     inputs = make(call, SHAPE, dtype, device)
     expected = call.run(backend, **{key: x.clone() for key, x in inputs.items()})
-    for number, layout in enumerate(FEW):
-        # Two tensors of a call have two layouts.
-        layouts = {key: FEW[(number + 7 * i) % len(FEW)] for i, key in enumerate(key for key in inputs if key in TOKENS)}
+    views = VIEWS[1::9] if backend == "triton" else VIEWS  # which compiles for almost each of them
+    keys = [key for key in inputs if key in TOKENS]
+    for number in range(len(views)):
+        layouts = {key: views[(number + 9 * i) % len(views)] for i, key in enumerate(keys)}  # not the same for two
         made = {key: view(inputs[key], **layouts[key]) for key in layouts}
         result = call.run(backend, **inputs | {key: x for key, (x, _) in made.items()})
         expect(result, expected, call.exact, layouts)

@@ -119,10 +119,6 @@ inline int64_t max_shared_bytes() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-inline int64_t num_multiprocessors() {
-  return device_attribute(cudaDevAttrMultiProcessorCount);
-}
-
 inline int64_t compute_capability_major() {
   return device_attribute(cudaDevAttrComputeCapabilityMajor);
 }

@@ -35,22 +35,14 @@ bool uses_mma(const ScoreTokens& op) {
 #endif
 }
 
-// How many splits of the keys let all multiprocessors finish at about the same time.
+// Eight splits of the keys, but none longer than kMostTokens. This follows from the sequence's length alone:
+// sums of a split are rounded together, and a sequence's scores must not depend on what else is in the batch.
 void plan_splits(ScoreKernel& kernel, int64_t tile_tokens) {
-  const ScoreTokens& op = kernel.op;
-  const int64_t heads = op.batch * op.num_heads, tiles = ceil_div(op.seq_len, tile_tokens);
-  constexpr double kFixed = 0.7;  // of a split, in units of a tile's time: loading queries, combining
-  const int64_t processors = num_multiprocessors();
-  int64_t best = 1;
-  double least = 0.0;
-  for (int64_t splits = 1; splits <= std::min<int64_t>(tiles, 64); ++splits) {
-    const int64_t per_split = ceil_div(tiles, splits);
-    const double time = static_cast<double>(ceil_div(heads * ceil_div(tiles, per_split), processors)) *
-                        (static_cast<double>(per_split) + kFixed);
-    if (splits == 1 || time < least) best = per_split, least = time;
-  }
-  kernel.split_tokens = static_cast<int32_t>(best * tile_tokens);
-  kernel.num_splits = static_cast<int32_t>(ceil_div(op.seq_len, kernel.split_tokens));
+  constexpr int64_t kSplits = 8, kMostTokens = 2304;
+  const int64_t tiles = ceil_div(kernel.op.seq_len, tile_tokens);
+  const int64_t per_split = std::clamp<int64_t>(ceil_div(tiles, kSplits), 1, kMostTokens / tile_tokens);
+  kernel.split_tokens = static_cast<int32_t>(per_split * tile_tokens);
+  kernel.num_splits = static_cast<int32_t>(ceil_div(kernel.op.seq_len, kernel.split_tokens));
 }
 
 // Keys that a block goes through at a time.
