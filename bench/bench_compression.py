@@ -23,8 +23,8 @@ from bench_compact_tokens import FACTS
 from shapes import DTYPE, Model, models, rope_table
 
 # The 7B language model's forward of a 32-frame clip over 14k keys, plain SDPA, transformers 5.17 on an H100: 8.4 ms a
-# frame. Vision (1.65 ms a frame or more) comes on top, so percentages of it are upper bounds: for the share of the whole
-# encoding multiply by 8.4 / (8.4 + 1.65).
+# frame. Vision (1.65 ms a frame or more) comes on top, so percentages of it are upper bounds: for the share of
+# the whole encoding multiply by 8.4 / (8.4 + 1.65).
 ENCODE_MS = {"7B": 32 * 8.4}
 NUM_QUERIES, BLOCK_SIZE, RECENT = 64, 16, 2  # livevlm.Config's defaults; the last in frames
 KEEP_RATIO = 0.25  # of a clip, in clip_merge
