@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores, const std::option
 void compact_tokens(std::vector<Tensor> tensors, const Tensor& indices, bool per_head);
 
 std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const Tensor& slots,
-                                         int64_t budget, int64_t num_recent_frames, int64_t tokens_per_frame,
+                                         std::vector<Tensor> tensors, int64_t budget,
+                                         int64_t num_recent_frames, int64_t tokens_per_frame,
                                          int64_t num_dissimilar, bool per_head, int64_t num_shared);
 
 std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& k, const Tensor& v,

@@ -23,6 +23,29 @@ def writable(name: str, value: Tensor) -> None:
         raise ArgumentError(f"{name} has strides {value.stride()}: expanded dimensions cannot be written in place")
 
 
+def movable(
+    tensors: Sequence[object], tokens: Sequence[int], heads: Sequence[int], other_name: str, other: Tensor
+) -> list[Tensor]:
+    """Tensors whose rows can be moved in place, `[*tokens, *heads, ...]`, with one batch dimension each.
+
+    Args:
+        tokens: leading dimensions and seq_len.
+        heads: num_kv_heads if every head has rows of its own, else nothing.
+    """
+    own = len(tokens) + len(heads)
+    meaning = "[*, seq_len, num_kv_heads, ...]" if heads else "[*, seq_len, ...]"
+    flat = []
+    for number, value in enumerate(tensors):
+        name = f"tensors[{number}]"
+        result = check.tensor(name, value, min_ndim=own)
+        check.same_device(name, result, other_name, other)
+        not_empty(name, result)
+        check.shape(name, result, (*tokens, *heads, *result.shape[own:]), meaning)
+        writable(name, result)
+        flat.append(check.collapse(name, result, result.dim() - len(tokens) + 1))
+    return flat
+
+
 def tokens(name: str, value: object, min_ndim: int = 3) -> Tensor:
     """A non-empty float tensor `[*, seq_len, num_kv_heads, head_dim]`."""
     result = check.tensor(name, value, min_ndim=min_ndim)

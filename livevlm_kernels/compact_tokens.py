@@ -47,21 +47,11 @@ def compact_tokens(
         raise ArgumentError(f"tensors must be a list of at least one torch.Tensor, not {tensors!r:.80}")
     lead, num_kept = indices.shape[:-own], indices.shape[-1]
     num_lead = len(lead)
-    meaning = "[*, seq_len, num_kv_heads, ...]" if per_head else "[*, seq_len, ...]"
-    flat = []
-    for number, value in enumerate(tensors):
-        name = f"tensors[{number}]"
-        check.tensor(name, value, min_ndim=num_lead + own)
-        check.same_device(name, value, "indices", indices)
-        attention.not_empty(name, value)
-        seq_len = tensors[0].shape[num_lead]
-        heads = indices.shape[-2:-1] if per_head else ()
-        expected = (*lead, seq_len, *heads, *value.shape[num_lead + own :])
-        check.shape(name, value, expected, meaning)
-        if num_kept > seq_len:
-            raise ArgumentError(f"indices names {num_kept} tokens of each row; {name} has seq_len = {seq_len} of them")
-        attention.writable(name, value)
-        flat.append(check.collapse(name, value, value.dim() - num_lead))
+    check.tensor("tensors[0]", tensors[0], min_ndim=num_lead + own)
+    seq_len = tensors[0].shape[num_lead]
+    flat = attention.movable(tensors, (*lead, seq_len), indices.shape[-2:-1] if per_head else (), "indices", indices)
+    if num_kept > seq_len:
+        raise ArgumentError(f"indices names {num_kept} tokens of each row; tensors[0] has seq_len = {seq_len} of them")
     rows = indices.reshape(math.prod(lead), *indices.shape[-own:]).contiguous()
     overload("compact_tokens", backend, indices.device)(flat, rows, per_head)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from livevlm_kernels import _checks as check
 from livevlm_kernels._registry import define, overload
 from livevlm_kernels.errors import ArgumentError
 from livevlm_kernels.reference.evict_similar import evict_similar as _reference
+
+MAX_TENSORS = 6
 
 
 def evict_similar(
@@ -24,6 +28,7 @@ def evict_similar(
     alpha: float = 0.5,
     shared: bool = False,
     per_head: bool = False,
+    tensors: Sequence[Tensor] = (),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Shrinks full sequences to `budget` tokens, in place, keeping what the recent frames do not show.
@@ -49,16 +54,20 @@ def evict_similar(
         shared: one keep-set for all layers (the last leading dimension): similarities are averaged over them; so are
             value norms, each layer's divided by its mean first, because norms grow with depth. Excludes `per_head`.
         per_head: every KV head keeps its own tokens; otherwise scores are means over the KV heads.
+        tensors: what else is known of each token (positions, timestamps...), at most 6 tensors as `compact_tokens`
+            takes them: `[*, seq_len, ...]`, or `[*, seq_len, num_kv_heads, ...]` if `per_head`. Changed in place
+            likewise, so that all of a token moves in one call.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        `(indices, counts)` for the caller's own metadata, as `compact_tokens` takes them. indices: int32 `[*, budget]`,
-        ascending, or `[*, num_kv_heads, budget]` if `per_head`. counts: int32 `[*]` or `[*, num_kv_heads]`, equal to
-        `budget` unless scores are NaN: such tokens are not kept, and -1 follows the last index.
+        `(indices, counts)` for whatever else the caller keeps, as `compact_tokens` takes them. indices: int32
+        `[*, budget]`, ascending, or `[*, num_kv_heads, budget]` if `per_head`. counts: int32 `[*]` or
+        `[*, num_kv_heads]`, equal to `budget` unless scores are NaN: such tokens are not kept, and -1 follows the last
+        index.
 
     Raises:
-        ArgumentError: a shape, dtype, device, stride or value is not allowed; `k` and `v` were not changed.
-        BackendError: the backend asked for is not available; `k` and `v` were not changed.
+        ArgumentError: a shape, dtype, device, stride or value is not allowed; nothing was changed.
+        BackendError: the backend asked for is not available; nothing was changed.
     """
     attention.tokens("k", k)
     lead, (seq_len, num_kv_heads, _) = k.shape[:-3], k.shape[-3:]
@@ -79,10 +88,14 @@ def evict_similar(
         raise ArgumentError(f"shared=True needs a leading dimension of layers; the shape of k is {tuple(k.shape)}")
     attention.writable("k", k)
     attention.writable("v", v)
+    if not isinstance(tensors, (list, tuple)) or len(tensors) > MAX_TENSORS:
+        raise ArgumentError(f"tensors must be a list of at most {MAX_TENSORS} torch.Tensors, not {tensors!r:.80}")
+    others = attention.movable(tensors, (*lead, seq_len), k.shape[-2:-1] if per_head else (), "k", k)
     indices, counts = overload("evict_similar", backend, k.device)(
         check.collapse("k", k, 3),
         check.collapse("v", v, 3),
         flat_slots,
+        others,
         budget,
         num_recent_frames,
         tokens_per_frame,
@@ -98,6 +111,7 @@ def _fake(
     k: Tensor,
     v: Tensor,
     slots: Tensor,
+    tensors: list[Tensor],
     budget: int,
     num_recent_frames: int,
     tokens_per_frame: int,
@@ -111,8 +125,8 @@ def _fake(
 
 define(
     "evict_similar",
-    "(Tensor(a!) k, Tensor(b!) v, Tensor slots, int budget, int num_recent_frames, int tokens_per_frame, "
-    "int num_dissimilar, bool per_head, int num_shared) -> (Tensor, Tensor)",
+    "(Tensor(a!) k, Tensor(b!) v, Tensor slots, Tensor(c!)[] tensors, int budget, int num_recent_frames, "
+    "int tokens_per_frame, int num_dissimilar, bool per_head, int num_shared) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     triton="livevlm_kernels.triton.evict_similar",

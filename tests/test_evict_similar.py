@@ -152,6 +152,24 @@ def test_budget_of_everything_and_of_the_recent_frames(backend, device):
 
 
 @each_backend
+@pytest.mark.parametrize("scope", ["layer", "shared", "per_head"])
+def test_takes_along_what_is_known_of_tokens(scope, backend, device):
+    k, v, slots = inputs((2, 3), 5, 12, 2, 16, device)
+    heads = (2,) if scope == "per_head" else ()
+    number = torch.arange(60, device=device).view(60, *[1] * len(heads)).expand(2, 3, 60, *heads).clone()
+    facts = [number, number.double() / 7, torch.randn(2, 3, 60, *heads, 5, device=device).half()]
+    before = [x.clone() for x in facts]
+    options = {"num_recent_frames": 1, "tokens_per_frame": 12, "backend": backend}
+    options |= {} if scope == "layer" else {scope: True}
+    twin = k.clone(), v.clone()
+    indices, _ = evict_similar(k, v, slots, 35, tensors=facts, **options)
+    assert torch.equal(indices, evict_similar(*twin, slots, 35, **options)[0])
+    assert torch.equal(k, twin[0]) and torch.equal(v, twin[1])
+    compact_tokens(before, indices, per_head=bool(heads), backend="reference")
+    assert all(torch.equal(x, y) for x, y in zip(facts, before, strict=True))
+
+
+@each_backend
 def test_ties_and_nan(backend, device):
     k, v, slots = (torch.ones(1, 40, 2, 8, device=device) for _ in range(3))
     slots = torch.zeros(1, 40, dtype=torch.int32, device=device)
@@ -193,6 +211,13 @@ K, SLOTS = torch.randn(2, 8, 3, 4), torch.zeros(2, 8, dtype=torch.int32)
         ({"slots": SLOTS[:1]}, r"slots must have shape \[\*, seq_len\] = \(2, 8\), not \(1, 8\)"),
         ({"v": K[:, :4]}, r"v must have shape .* = \(2, 8, 3, 4\), not \(2, 4, 3, 4\)"),
         ({"k": K.long()}, r"k has dtype int64; allowed"),
+        ({"tensors": K}, r"tensors must be a list of at most 6 torch.Tensors, not tensor"),
+        ({"tensors": [SLOTS] * 7}, r"tensors must be a list of at most 6 torch.Tensors"),
+        (
+            {"tensors": [SLOTS, SLOTS[:, :4]]},
+            r"tensors\[1\] must have shape \[\*, seq_len, ...\] = \(2, 8\), not \(2, 4\)",
+        ),
+        ({"tensors": [SLOTS], "per_head": True}, r"tensors\[0\] must have at least 3 dimensions"),
     ],
 )
 def test_refuses_and_writes_nothing(change, message, backend, device):
@@ -200,6 +225,8 @@ def test_refuses_and_writes_nothing(change, message, backend, device):
         "k": K, "v": K.clone(), "slots": SLOTS, "budget": 6, "num_recent_frames": 2, "tokens_per_frame": 2, **change,
     }  # fmt: skip
     moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    if isinstance(moved.get("tensors"), list):
+        moved["tensors"] = [x.to(device) for x in moved["tensors"]]
     before = {name: x.clone() for name, x in moved.items() if isinstance(x, torch.Tensor)}
     with pytest.raises(ArgumentError, match=message):
         evict_similar(**moved, backend=backend)

@@ -88,28 +88,21 @@ def test_running_out_of_memory_while_compressing_loses_nothing(policy: str, monk
     assert cache.memory.num_video_tokens == 42
 
 
-def test_a_failure_between_two_moves_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`similarity` has moved keys and values when moving the facts about them fails."""
-    cache = running("similarity")
-    with monkeypatch.context() as patch:
-        patch.setattr(livevlm.memory, "compact_tokens", out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            cache.push(pixels(6), times(6, 24))
-    with pytest.raises(StateError, match=r"call reset\(\)"):
-        answer(cache)
-
-
 @pytest.mark.parametrize("policy", sorted(set(BOUNDED) - {"clip_merge"}))  # that one does not compact
 def test_an_interrupt_while_tokens_move_is_not_hidden(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = running(policy)
-    moving = livevlm.memory.compact_tokens
+    where: Any = livevlm.policies.similarity if policy == "similarity" else livevlm.memory
+    op = "evict_similar" if policy == "similarity" else "compact_tokens"
+    moving = getattr(where, op)
 
-    def torn(tensors: list[torch.Tensor], indices: torch.Tensor) -> None:
-        moving(tensors[:1], indices)
+    def torn(*args: Any, tensors: Any = None, **kwargs: Any) -> None:
+        moving(*args, **kwargs) if policy == "similarity" else moving(
+            args[0][:1], args[1]
+        )  # not all that belongs together
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(livevlm.memory, "compact_tokens", torn)
+        patch.setattr(where, op, torn)
         with pytest.raises(KeyboardInterrupt):
             cache.push(pixels(6), times(6, 24))
     for call in (lambda: answer(cache), lambda: cache.push(pixels(1), times(1, 30))):

@@ -59,7 +59,7 @@ def calls(op):
         ],
         "evict_similar": [
             {"k": k, "v": v, "slots": SLOTS, "budget": 12, "num_recent_frames": 2, "tokens_per_frame": 4, **options}
-            for options in ({}, {"alpha": 0.2, "shared": True}, {"per_head": True})
+            for options in ({}, {"alpha": 0.2, "shared": True, "tensors": [POSITIONS.clone()]}, {"per_head": True})
         ],
         "merge_tokens": [
             {"k": k, "v": v, "groups": SLOTS, "num_groups": 4},

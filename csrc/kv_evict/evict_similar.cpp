@@ -9,7 +9,8 @@
 namespace livevlm::ops {
 
 std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const Tensor& slots,
-                                         int64_t budget, int64_t num_recent_frames, int64_t tokens_per_frame,
+                                         std::vector<Tensor> tensors, int64_t budget,
+                                         int64_t num_recent_frames, int64_t tokens_per_frame,
                                          int64_t num_dissimilar, bool per_head, int64_t num_shared) {
   const auto [batch, seq_len, num_heads, head_dim] = sizes_of<4>(k, "k");
   const int64_t recent = num_recent_frames * tokens_per_frame;
@@ -29,11 +30,11 @@ std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const
                   : torch::stable::new_empty(k, {batch, budget}, ScalarType::Int);
   };
   Tensor indices = outputs(false), counts = outputs(true);
-  const EvictSimilar params{
+  EvictSimilar params{
       .k = tokens_of(k),
       .v = tokens_like(v, "v", k),
-      .k_rows = rows_of(k, "k", per_head),
-      .v_rows = rows_of(v, "v", per_head),
+      .rows = {rows_of(k, "k", per_head), rows_of(v, "v", per_head)},
+      .num_rows = 2,
       .slots = contiguous_data<const int32_t>(slots, "slots", ScalarType::Int, batch * seq_len, k),
       .dtype = float_dtype(k, "k"),
       .batch = batch,
@@ -49,6 +50,15 @@ std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const
       .indices = static_cast<int32_t*>(indices.data_ptr()),
       .counts = static_cast<int32_t*>(counts.data_ptr()),
   };
+  STD_TORCH_CHECK(tensors.size() + 2 <= kMaxCompactTensors, "tensors has more than ", kMaxCompactTensors - 2,
+                  " entries");
+  for (const Tensor& tensor : tensors) {
+    check_same_device(tensor, "tensors", k);
+    STD_TORCH_CHECK(tensor.dim() >= (per_head ? 3 : 2) && tensor.size(0) == batch &&
+                        tensor.size(1) == seq_len && (!per_head || tensor.size(2) == num_heads),
+                    "tensors does not have the batch, seq_len and heads of k");
+    params.rows[params.num_rows++] = rows_of(tensor, "tensors", per_head);
+  }
   if (batch > 0) LIVEVLM_RUN(evict_similar, params, k);
   return {indices, counts};
 }

@@ -39,13 +39,14 @@ Plan plan(const EvictSimilar& op, char* workspace) {
                   .per_head = op.per_head,
                   .similarity = nullptr,
                   .value_norm = nullptr};
-  plan.moving = {.tensors = {op.k_rows, op.v_rows},
-                 .num_tensors = 2,
+  plan.moving = {.tensors = {},
+                 .num_tensors = op.num_rows,
                  .indices = op.indices,
                  .batch = op.batch,
                  .num_heads = heads,
                  .seq_len = op.seq_len,
                  .num_kept = op.budget};
+  for (int i = 0; i < op.num_rows; ++i) plan.moving.tensors[i] = op.rows[i];
   plan.choice.op = op;
   plan.choice.words = ceil_div(op.seq_len, 32);
 

@@ -8,12 +8,14 @@
 #include "common/cpu_dispatch.h"
 #include "common/dtype.h"
 #include "common/tokens.h"
+#include "kv_evict/compact_tokens.h"
 
 namespace livevlm {
 
 struct EvictSimilar {
-  Tokens k, v;           // [batch, seq_len, num_heads, head_dim]
-  Rows k_rows, v_rows;   // the same, as bytes to move; per head if per_head
+  Tokens k, v;                    // [batch, seq_len, num_heads, head_dim]
+  Rows rows[kMaxCompactTensors];  // what moves, per head if per_head: keys, values, and more if wanted
+  int num_rows;
   const int32_t* slots;  // [batch, seq_len]
   DType dtype;
   int64_t batch, seq_len, num_heads, head_dim;

@@ -133,15 +133,17 @@ void evict_similar_cpu(const EvictSimilar& params) {
       for (int64_t i = 0; i < p.budget; ++i) p.indices[row * p.budget + i] = p.indices[from * p.budget + i];
     }
   }
-  compact_tokens_cpu({
-      .tensors = {p.k_rows, p.v_rows},
-      .num_tensors = 2,
+  CompactTokens moving{
+      .tensors = {},
+      .num_tensors = p.num_rows,
       .indices = p.indices,
       .batch = p.batch,
       .num_heads = num_heads,
       .seq_len = p.seq_len,
       .num_kept = p.budget,
-  });
+  };
+  for (int i = 0; i < p.num_rows; ++i) moving.tensors[i] = p.rows[i];
+  compact_tokens_cpu(moving);
 }
 
 }  // namespace livevlm::LIVEVLM_CPU

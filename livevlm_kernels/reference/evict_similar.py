@@ -15,6 +15,7 @@ def evict_similar(
     k: Tensor,
     v: Tensor,
     slots: Tensor,
+    tensors: list[Tensor],
     budget: int,
     num_recent_frames: int,
     tokens_per_frame: int,
@@ -22,7 +23,7 @@ def evict_similar(
     per_head: bool,
     num_shared: int,
 ) -> tuple[Tensor, Tensor]:
-    """k, v [B, L, H, D] compacted in place -> indices [B, (H,) budget], counts [B, (H)]."""
+    """k, v [B, L, H, D], tensors [B, L, (H,) ...] compacted in place -> indices [B, (H,) budget], counts [B, (H)]."""
     batch, seq_len, num_kv_heads, _ = k.shape
     past = seq_len - num_recent_frames * tokens_per_frame
     recent_k = k[:, past:].unflatten(1, (num_recent_frames, tokens_per_frame))
@@ -47,7 +48,7 @@ def evict_similar(
     counts = counts.repeat_interleave(num_shared, 0)
     if per_head:
         indices, counts = indices.view(batch, num_kv_heads, budget), counts.view(batch, num_kv_heads)
-    compact_tokens([k, v], indices, per_head)
+    compact_tokens([k, v, *tensors], indices, per_head)
     return indices, counts
 
 

@@ -189,17 +189,19 @@ class Memory:
             raise
         self._moved = True
 
-    def keep(self, indices: Tensor, *, moved: bool = False) -> None:
+    def keep(self, indices: Tensor) -> None:
         """Keeps only the given video tokens (a provisional clip included), in place, for all layers.
 
         Args:
             indices: `[num_layers, num_kept]` int32, sorted, relative to `video_start`, none missing.
-            moved: keys and values are compacted already (by `evict_similar`); only the facts are left to move.
         """
-        tensors = self.tensors[2:] if moved else self.tensors
         with self.moving():
-            compact_tokens([self.video(t) for t in tensors], indices)
-            self.video_end = self.end = self.video_start + indices.shape[-1]
+            compact_tokens([self.video(t) for t in self.tensors], indices)
+            self.shrink(indices.shape[-1])
+
+    def shrink(self, num_tokens: int) -> None:
+        """Only the first `num_tokens` video tokens are left: what was kept has been moved there."""
+        self.video_end = self.end = self.video_start + num_tokens
 
     def replace(self, start: int, parts: tuple[Tensor, ...]) -> None:
         """Puts other tokens in the place of all video tokens from slot `start` on.

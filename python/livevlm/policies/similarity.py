@@ -15,15 +15,17 @@ class Similarity(Policy):
     def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
         if self.num_video_tokens(memory) <= self.budget:
             return
+        k, v, *facts = (memory.video(tensor) for tensor in memory.tensors)
         with memory.moving():
-            indices, _ = evict_similar(
-                memory.video(memory.k),
-                memory.video(memory.v),
+            evict_similar(
+                k,
+                v,
                 memory.video(memory.slot),
                 self.budget,
                 num_recent_frames=self.recent // self.tokens_per_frame,
                 tokens_per_frame=self.tokens_per_frame,
                 alpha=self.config.alpha,
                 shared=self.config.scope == "shared",
+                tensors=facts,
             )
-        memory.keep(indices, moved=True)
+            memory.shrink(self.budget)
