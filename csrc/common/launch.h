@@ -13,11 +13,11 @@ namespace livevlm {
 
 // Runs a CUDA kernel on torch's current stream, with scratch memory that torch owns.
 template <typename Params>
-void run_cuda(const Params& params, int64_t workspace_bytes,
+void run_cuda(const Params& params, int64_t (*workspace_bytes)(const Params&),
               void (*kernel)(const Params&, void* workspace, void* stream), const Tensor& like) {
+  const DeviceGuard guard(like.get_device_index());  // first: how much scratch memory may depend on the GPU
   Tensor workspace =
-      torch::stable::new_empty(like, {std::max<int64_t>(workspace_bytes, 1)}, ScalarType::Byte);
-  const DeviceGuard guard(like.get_device_index());
+      torch::stable::new_empty(like, {std::max<int64_t>(workspace_bytes(params), 1)}, ScalarType::Byte);
   kernel(params, workspace.data_ptr(), current_cuda_stream(like.get_device_index()));
 }
 
@@ -25,13 +25,13 @@ void run_cuda(const Params& params, int64_t workspace_bytes,
 
 // LIVEVLM_RUN(op, params, like): op_cuda or op_cpu, whichever is for the device of `like`.
 #ifdef LIVEVLM_WITH_CUDA
-#define LIVEVLM_RUN(op, params, like)                            \
-  do {                                                           \
-    if (use_cuda(like)) {                                        \
-      run_cuda(params, op##_workspace(params), op##_cuda, like); \
-    } else {                                                     \
-      LIVEVLM_CPU_CALL(op##_cpu, params);                        \
-    }                                                            \
+#define LIVEVLM_RUN(op, params, like)                    \
+  do {                                                   \
+    if (use_cuda(like)) {                                \
+      run_cuda(params, op##_workspace, op##_cuda, like); \
+    } else {                                             \
+      LIVEVLM_CPU_CALL(op##_cpu, params);                \
+    }                                                    \
   } while (false)
 #else
 #define LIVEVLM_RUN(op, params, like) LIVEVLM_CPU_CALL(op##_cpu, params)
