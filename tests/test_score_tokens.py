@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import kit
+import livevlm_kernels
 from livevlm_kernels import ArgumentError, score_tokens
 from livevlm_kernels.reference import _chunks
 
@@ -132,6 +137,24 @@ def test_agrees_with_the_rope_of_transformers(backend, device):
         score_tokens(q, k, positions=positions, cos_sin_cache=cache, backend=backend),
         score_tokens(q, key, backend=backend),
     )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif("cuda" not in livevlm_kernels.backends("score_tokens", "cuda"), reason="built without CUDA kernels")
+def test_tensor_cores_without_warpgroup_products():
+    """What GPUs before Hopper run; on Hopper only when asked for, so in a process of its own."""
+    code = """
+import torch
+from livevlm_kernels import score_tokens
+for heads, head_dim in ((4, 128), (2, 64)):
+    for dtype in (torch.bfloat16, torch.float16):
+        q = torch.randn(2, 64, 7 * heads, head_dim, device="cuda").to(dtype)
+        k = torch.randn(2, 5000, heads, head_dim, device="cuda").to(dtype)
+        for causal in (False, True):
+            result, expected = (score_tokens(q, k, causal=causal, backend=b) for b in ("cuda", "reference"))
+            torch.testing.assert_close(result, expected, rtol=2e-5, atol=1e-7)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"LIVEVLM_SCORE": "mma"})
 
 
 @each_backend
