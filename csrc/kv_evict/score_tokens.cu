@@ -20,8 +20,8 @@ bool uses_mma(const ScoreTokens& op) {
          vectorised(op.q, op.head_dim, 2) && vectorised(op.k, op.head_dim, 2);
 }
 
-// Warpgroup products exist on Hopper alone. LIVEVLM_SCORE=mma in the environment turns them off, so that tests
-// on Hopper reach the other kernel too.
+// Warpgroup products exist on Hopper alone. LIVEVLM_SCORE=mma in the environment turns them off, so that
+// tests on Hopper reach the other kernel too.
 [[maybe_unused]] bool uses_wgmma(const ScoreTokens& op) {
 #ifdef LIVEVLM_EMULATED
   static_cast<void>(op);
