@@ -101,6 +101,26 @@ def test_all_layers_of_7b_at_once(backend, device):
 
 
 @each_backend
+@pytest.mark.parametrize(
+    ("shape", "dtype", "n"),
+    [
+        pytest.param((16, 560, 4, 64), torch.float32, 520, id="64 bytes"),
+        pytest.param((96, 300, 2, 68), torch.bfloat16, 260, id="128 bytes, the last of 16"),
+        pytest.param((192, 150, 2, 64), torch.bfloat16, 130, id="256 bytes"),
+        pytest.param((6, 300, 2, 64), torch.bfloat16, 200, id="too few"),
+    ],
+)
+def test_one_block_moves_whole_columns(shape, dtype, n, backend, device):
+    """In CUDA, of the width in the name, and in two steps here. With too few columns blocks wait for each other."""
+    x = data(shape, dtype, device)
+    positions = torch.arange(shape[1], dtype=torch.int32, device=device).repeat(shape[0], 1)
+    indices = kept(shape[:1], shape[1], n, device)
+    expected = [moved(tensor.cpu(), indices) for tensor in (x, positions)]
+    compact_tokens([positions, x], indices, backend=backend)
+    assert torch.equal(x.cpu(), expected[0]) and torch.equal(positions.cpu(), expected[1])
+
+
+@each_backend
 def test_indices_outside_are_padding(backend, device):
     x = torch.arange(10.0, device=device)
     compact_tokens([x], torch.tensor([2, 5, 10, -7, 2**31 - 1], dtype=torch.int32, device=device), backend=backend)

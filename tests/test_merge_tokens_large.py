@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import kit
+import livevlm_kernels
 from livevlm_kernels import merge_tokens
 
 each_backend = pytest.mark.parametrize(("backend", "device"), kit.cases("merge_tokens"))
@@ -27,6 +32,8 @@ if not kit.INTERPRETED:
         pytest.param((1700, *[0] * STREAMS, 1501), 1, 80, id="many_streams_80"),
         pytest.param((2500, 1), 2, 64, id="many_parts"),
         pytest.param((1300, 1299), 1, 32, id="short_keys"),
+        pytest.param((333, 129), 5, 128, id="long_keys"),
+        pytest.param((333, 129), 6, 128, id="longer_keys"),
     ]
 
 
@@ -55,6 +62,29 @@ def test_each_orphan_finds_its_partner(lens, heads, dim, dtype, backend, device)
     found = merge_tokens(k, v, indices=indices, **options)
     known = merge_tokens(k, v, groups=groups, num_groups=num_rows, **options)
     assert all(torch.equal(x, y) for x, y in zip(found, known, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif("cuda" not in livevlm_kernels.backends("merge_tokens", "cuda"), reason="built without CUDA kernels")
+def test_tensor_cores_without_warpgroup_products():
+    """What GPUs before Hopper run; on Hopper only when asked for, so in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "cuda-cuda and (each_orphan or equal_survivors or nan_keys)"]
+    subprocess.run(command, check=True, env=os.environ | {"LIVEVLM_NEAREST": "mma"})
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_of_equal_survivors_the_first_takes_all(dtype, backend, device):
+    if backend == "reference":
+        return  # torch's matrix product may round equal columns differently
+    distinct, num_rows, seq_len = (7, 40, 60) if kit.INTERPRETED else (90, 450, 800)
+    k, v = torch.randint(-2, 3, (2, 1, seq_len, 2, 64)).float()  # whole numbers: products are exact in any order
+    k[:, :num_rows] = k[:, :distinct].repeat(1, num_rows // distinct + 1, 1, 1)[:, :num_rows]
+    indices = torch.arange(num_rows, dtype=torch.int32)[None]
+    k, v, indices = k.to(device, dtype), v.to(device, dtype), indices.to(device)
+    _, _, sizes = merge_tokens(k, v, indices=indices, backend=backend)
+    assert (sizes[0, distinct:] == 1).all() and sizes.sum() == seq_len
 
 
 @each_backend

@@ -98,6 +98,18 @@ def test_a_still_scene_and_zero_keys(backend, device):
 
 
 @each_backend
+@pytest.mark.parametrize("frames", [1, 2])
+def test_keys_too_long_to_square(frames, backend, device):
+    """Where the square of a length overflows, the length is infinite, and cosines are 0 unless an element is."""
+    k, v, recent_k, slots = inputs((1, 12, 3, 64, frames, 4), device, torch.bfloat16)
+    similarity, _ = score_redundancy(k * 1e25, v, recent_k * 1e25, slots, backend=backend)
+    assert not similarity.any()
+    k[0, 5, 1, 7] = torch.inf
+    similarity, _ = score_redundancy(k * 1e25, v, recent_k, slots, backend=backend)
+    assert similarity[0, 1, 5].isnan() and similarity.isnan().sum() == 1
+
+
+@each_backend
 @pytest.mark.parametrize("layout", kit.LAYOUTS)
 def test_layouts_and_leading_dimensions(layout, backend, device):
     k, v, recent_k, slots = inputs((6, 20, 2, 64, 2, 9), device)

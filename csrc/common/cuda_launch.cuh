@@ -88,7 +88,17 @@ inline void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(message);
 }
 
-// The only way kernels are launched: tests/emulation runs them on the CPU from here. Throws if the launch was
+#ifndef LIVEVLM_EMULATED
+// More than 48 KiB of dynamic shared memory must be asked for.
+template <typename Params>
+void allow_shared_bytes(void (*kernel)(Params), size_t bytes, const char* name) {
+  check_cuda(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      name);
+}
+#endif
+
+// The way kernels are launched: tests/emulation runs them on the CPU from here. Throws if the launch was
 // refused; does not wait for the kernel.
 template <typename Params>
 void launch_kernel(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
@@ -97,14 +107,39 @@ void launch_kernel(void (*kernel)(Params), dim3 grid, dim3 threads, size_t share
   static_cast<void>(stream);
   emu::run(kernel, grid, threads, shared_bytes, params, name);
 #else
-  if (shared_bytes > 48 * 1024) {  // more must be asked for
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               name);
-  }
+  if (shared_bytes > 48 * 1024) allow_shared_bytes(kernel, shared_bytes, name);
   kernel<<<grid, threads, shared_bytes, stream>>>(params);
   check_cuda(cudaGetLastError(), name);
 #endif
+}
+
+// The same, but the kernel may start while the one before it on the stream ends, if that one calls
+// let_next_kernel_start(). The kernel must call wait_for_previous_kernels(): see common/ptx.cuh. Only for two
+// kernels of one op, between which nothing else is on the stream.
+template <typename Params>
+void launch_overlapping(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes,
+                        cudaStream_t stream, const Params& params, const char* name) {
+#ifndef LIVEVLM_EMULATED
+  // What counts is what the kernel was compiled for: code for sm_80 that runs on an sm_90 would not wait.
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
+  if (attributes.ptxVersion >= 90) {
+    if (shared_bytes > 48 * 1024) allow_shared_bytes(kernel, shared_bytes, name);
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
+    return;
+  }
+#endif
+  launch_kernel(kernel, grid, threads, shared_bytes, stream, params, name);
 }
 
 inline int64_t device_attribute(cudaDeviceAttr attribute) {
@@ -121,6 +156,16 @@ inline int64_t max_shared_bytes() {
 
 inline int64_t compute_capability_major() {
   return device_attribute(cudaDevAttrComputeCapabilityMajor);
+}
+
+// Whether kernels with warpgroup products can run: they are empty in any other code than that for sm_90a.
+inline bool has_warpgroup_products() {
+#ifdef LIVEVLM_EMULATED
+  return false;
+#else
+  static const bool built = std::strstr(LIVEVLM_CUDA_ARCHS, "90a") != nullptr;
+  return built && compute_capability_major() == 9;
+#endif
 }
 
 // Zeroes scratch memory, in the order of the stream.

@@ -16,12 +16,32 @@ using emu::cp_async16;
 using emu::cp_async_commit;
 using emu::cp_async_wait;
 using emu::exp2_approx;
+using emu::let_next_kernel_start;
 using emu::load_acquire;
 using emu::max_or_nan;
 using emu::min_or_nan;
 using emu::mma_m16n8k16;
 using emu::store_release;
+using emu::transpose_8x8;
+using emu::wait_for_previous_kernels;
 #else
+
+// For kernels that `launch_overlapping` starts before those ahead of them have ended. Until
+// wait_for_previous_kernels() returns, such a kernel must not write, and may read only what none of those
+// writes. All its blocks must call it, or the kernel after it would not wait for those ahead. Does nothing in
+// other kernels, and before sm_90.
+__device__ __forceinline__ void wait_for_previous_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel, if launched so, may start as soon as all blocks of this one have called this or ended.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // Flags between thread blocks. Loads and stores before a release are seen by whoever acquires its value.
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
@@ -68,6 +88,13 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The transpose of an 8x8 matrix of 16-bit elements: a lane has row lane / 4, columns lane % 4 * 2 + {0, 1}.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
 }
 
 // Copies 16 bytes from global to shared memory in the background, or writes zeros if not `valid`.

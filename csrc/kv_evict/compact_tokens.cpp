@@ -16,6 +16,7 @@ void compact_tokens(std::vector<Tensor> tensors, const Tensor& indices, bool per
   const int64_t batch = indices.size(0), num_heads = per_head ? indices.size(1) : 1;
   const int64_t num_kept = indices.size(per_head ? 2 : 1), seq_len = tensors[0].size(1);
   STD_TORCH_CHECK(num_kept <= seq_len, "indices names ", num_kept, " tokens of ", seq_len);
+  STD_TORCH_CHECK(num_kept < (int64_t{1} << 31), "indices has 2^31 columns or more");
   CompactTokens params{
       .tensors = {},
       .num_tensors = 0,

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code of `compact_tokens`.
 //
-// Rows move towards the front, and front rows are sources too. A thread block moves one chunk of rows: it
-// loads the whole chunk into registers, says so, and writes only when every chunk before its own has been
-// loaded. Sources lie at or behind their targets, so a row is only overwritten by a chunk at or behind the
-// one that reads it: nothing is lost, and every byte is read and written once. Blocks take their chunks by
-// ticket, so a block only ever waits for blocks that already run.
+// Rows move towards the front, and front rows are sources too. A thread block loads a whole chunk of rows
+// into registers before it writes any of them. Sources lie at or behind their targets, so a row is only
+// overwritten by a chunk at or behind the one that reads it: chunks must be loaded in order, then nothing is
+// lost, and every byte is read and written once. There are two ways to keep that order:
+// - Narrow columns of the rows, each moved by one block from its first chunk to its last. Blocks do not wait
+//   for each other. Taken wherever there are columns enough to fill a GPU.
+// - One block a chunk. It says when it has loaded, and writes only when every chunk before its own has been
+//   loaded. Blocks take their chunks by ticket, so a block only ever waits for blocks that already run.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -20,22 +23,26 @@ inline constexpr int kPiecesPerThread = 8;  // loaded before the first is writte
 struct CompactPlan {
   uint32_t segment_pieces;  // of a row, at most one a thread
   uint32_t rows_per_pass;   // that the block's threads cover at once
-  uint32_t num_segments, num_lanes, num_chunks;
+  uint32_t num_segments, num_lanes;
+  uint32_t num_blocks;   // of a lane: 1, or as many as it has chunks
   int64_t first_ticket;  // also the index of the first flag: one flag a chunk
 
-  int64_t num_tickets() const { return int64_t{num_lanes} * num_chunks; }
+  int64_t num_tickets() const { return int64_t{num_lanes} * num_blocks; }
 };
 
+// `segment_bytes`: the width of columns that are one block's, or 0 for one block a chunk.
 inline CompactPlan plan_compaction(const Rows& rows, int64_t batch_heads, int64_t num_kept,
-                                   int64_t first_ticket) {
+                                   int64_t segment_bytes, int64_t first_ticket) {
   CompactPlan plan;
-  const auto threads = static_cast<uint32_t>(kCompactThreads), units = static_cast<uint32_t>(rows.num_units);
-  plan.segment_pieces = units < threads ? units : threads;
-  plan.rows_per_pass = threads / plan.segment_pieces;
+  const auto most = static_cast<uint32_t>(segment_bytes ? segment_bytes / rows.unit : kCompactThreads);
+  const auto units = static_cast<uint32_t>(rows.num_units);
+  plan.segment_pieces = units < most ? units : most;
+  plan.rows_per_pass = static_cast<uint32_t>(kCompactThreads) / plan.segment_pieces;
   plan.num_segments = (units + plan.segment_pieces - 1) / plan.segment_pieces;
   plan.num_lanes = static_cast<uint32_t>(batch_heads) * plan.num_segments;
   const int64_t rows_per_chunk = int64_t{plan.rows_per_pass} * kPiecesPerThread;
-  plan.num_chunks = static_cast<uint32_t>((num_kept + rows_per_chunk - 1) / rows_per_chunk);
+  plan.num_blocks =
+      segment_bytes ? 1 : static_cast<uint32_t>((num_kept + rows_per_chunk - 1) / rows_per_chunk);
   plan.first_ticket = first_ticket;
   return plan;
 }
@@ -61,67 +68,85 @@ __device__ __forceinline__ void wait_for_earlier_chunks(const uint32_t* flags, i
   }
 }
 
-// Moves one chunk of one lane. `indices` are those of the lane's (batch, head), `base` is its first row. A
-// thread has one column, and every plan.rows_per_pass-th row.
+// One segment of the columns of one (batch, head).
+struct Lane {
+  char* base;              // its first row
+  const int32_t* indices;  // of the (batch, head)
+  uint32_t segment;
+  uint32_t* flags;  // null if one block has all chunks
+};
+
+// Moves one chunk of a lane, or all of them. A thread has one column, and every plan.rows_per_pass-th row.
 template <typename Piece>
-__device__ __forceinline__ void move_chunk(const Rows& rows, char* base, const int32_t* indices,
-                                           int64_t num_kept, int64_t seq_len, const CompactPlan& plan,
-                                           uint32_t segment, uint32_t chunk, uint32_t* flags) {
-  const uint32_t pass = threadIdx.x / plan.segment_pieces;
-  const uint32_t column = segment * plan.segment_pieces + threadIdx.x - pass * plan.segment_pieces;
-  const int64_t first = int64_t{chunk} * plan.rows_per_pass * kPiecesPerThread + pass;
+__device__ __forceinline__ void move_rows(const Rows& rows, const Lane& lane, const CompactPlan& plan,
+                                          uint32_t chunk, const CompactTokens& op) {
+  const uint32_t pass = threadIdx.x / plan.segment_pieces, step = plan.rows_per_pass * kPiecesPerThread;
+  const uint32_t column = lane.segment * plan.segment_pieces + threadIdx.x - pass * plan.segment_pieces;
+  const uint32_t begin = chunk * step, num_kept = static_cast<uint32_t>(op.num_kept);
+  const uint32_t end = lane.flags ? min(begin + step, num_kept) : num_kept;
   const bool inside = pass < plan.rows_per_pass && column < rows.num_units;
-  char* own = base + piece_offset(rows, inside ? column : 0);
-  Piece pieces[kPiecesPerThread];
-  uint32_t moves = 0;  // bit i: piece i does
+  const uint32_t end_of_thread = inside ? end : 0;
+  char* own = lane.base + piece_offset(rows, inside ? column : 0);
+  for (uint32_t base = begin; base < end; base += step) {  // all threads of the block come along
+    int32_t sources[kPiecesPerThread];  // all before the first piece, which would wait for its own
+    uint32_t row = base + pass;
 #pragma unroll
-  for (int i = 0; i < kPiecesPerThread; ++i) {
-    const int64_t row = first + i * plan.rows_per_pass;
-    if (!inside || row >= num_kept) continue;
-    const int64_t source = __ldg(indices + row);
-    if (source < 0 || source >= seq_len || source == row) continue;
-    moves |= 1u << i;
-    // Not through the read-only path: this memory is written by the same kernel.
-    pieces[i] = __ldcg(reinterpret_cast<const Piece*>(own + source * rows.stride_token));
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    if (threadIdx.x == 0) store_release(flags + chunk, kLoaded);
-    wait_for_earlier_chunks(flags, chunk);
-    if (threadIdx.x == 0) store_release(flags + chunk, kAllLoaded);
-  }
-  __syncthreads();
+    for (int i = 0; i < kPiecesPerThread; ++i, row += plan.rows_per_pass) {
+      sources[i] = row < end_of_thread ? lane.indices[row] : -1;
+    }
+    Piece pieces[kPiecesPerThread];
+    uint32_t moves = 0;  // bit i: piece i does
+    row = base + pass;
 #pragma unroll
-  for (int i = 0; i < kPiecesPerThread; ++i) {
-    const int64_t row = first + i * plan.rows_per_pass;
-    if (moves >> i & 1) *reinterpret_cast<Piece*>(own + row * rows.stride_token) = pieces[i];
+    for (int i = 0; i < kPiecesPerThread; ++i, row += plan.rows_per_pass) {
+      if (sources[i] < 0 || sources[i] >= op.seq_len || sources[i] == static_cast<int32_t>(row)) continue;
+      moves |= 1u << i;
+      // Not through the read-only path: this memory is written by the same kernel.
+      const auto* source = reinterpret_cast<const Piece*>(own + sources[i] * rows.stride_token);
+      pieces[i] = __ldcg(source);
+    }
+    __syncthreads();
+    if (lane.flags) {
+      if (threadIdx.x < 32) {
+        if (threadIdx.x == 0) store_release(lane.flags + chunk, kLoaded);
+        wait_for_earlier_chunks(lane.flags, chunk);
+        if (threadIdx.x == 0) store_release(lane.flags + chunk, kAllLoaded);
+      }
+      __syncthreads();
+    }
+    auto* target = own + (base + pass) * rows.stride_token;
+#pragma unroll
+    for (int i = 0; i < kPiecesPerThread; ++i, target += plan.rows_per_pass * rows.stride_token) {
+      if (moves >> i & 1) *reinterpret_cast<Piece*>(target) = pieces[i];
+    }
   }
 }
 
-// The chunk that `place` (a ticket less the tensor's first) names. Lanes take turns, so that blocks that run
-// at the same time seldom wait for each other.
-__device__ __forceinline__ void compact_chunk(const Rows& rows, const CompactPlan& plan,
-                                              const int32_t* indices, int64_t num_heads, int64_t num_kept,
-                                              int64_t seq_len, uint32_t place, uint32_t* flags) {
-  const auto lanes = static_cast<uint32_t>(plan.num_lanes),
-             segments = static_cast<uint32_t>(plan.num_segments);
-  const uint32_t chunk = place / lanes, lane = place % lanes;
-  const uint32_t segment = lane % segments, batch_head = lane / segments;
-  const int64_t batch = batch_head / static_cast<uint32_t>(num_heads), head = batch_head - batch * num_heads;
-  char* base = rows.data + batch * rows.stride_batch + head * rows.stride_head;
-  const int32_t* own = indices + int64_t{batch_head} * num_kept;
-  uint32_t* own_flags = flags + plan.first_ticket + int64_t{lane} * plan.num_chunks;
+// What `place` (a ticket less the tensor's first) names. Lanes take turns, so that blocks that run at the
+// same time seldom wait for each other.
+__device__ __forceinline__ void move_place(const Rows& rows, const CompactPlan& plan, const CompactTokens& op,
+                                           uint32_t place, uint32_t* flags) {
+  const uint32_t chunk = place / plan.num_lanes, number = place % plan.num_lanes;
+  const uint32_t batch_head = number / plan.num_segments;
+  const int64_t batch = batch_head / static_cast<uint32_t>(op.num_heads),
+                head = batch_head - batch * op.num_heads;
+  const Lane lane{
+      .base = rows.data + batch * rows.stride_batch + head * rows.stride_head,
+      .indices = op.indices + int64_t{batch_head} * op.num_kept,
+      .segment = number % plan.num_segments,
+      .flags = plan.num_blocks > 1 ? flags + plan.first_ticket + int64_t{number} * plan.num_blocks : nullptr,
+  };
   switch (rows.unit) {
     case 16:
-      return move_chunk<uint4>(rows, base, own, num_kept, seq_len, plan, segment, chunk, own_flags);
+      return move_rows<uint4>(rows, lane, plan, chunk, op);
     case 8:
-      return move_chunk<uint2>(rows, base, own, num_kept, seq_len, plan, segment, chunk, own_flags);
+      return move_rows<uint2>(rows, lane, plan, chunk, op);
     case 4:
-      return move_chunk<unsigned int>(rows, base, own, num_kept, seq_len, plan, segment, chunk, own_flags);
+      return move_rows<unsigned int>(rows, lane, plan, chunk, op);
     case 2:
-      return move_chunk<unsigned short>(rows, base, own, num_kept, seq_len, plan, segment, chunk, own_flags);
+      return move_rows<unsigned short>(rows, lane, plan, chunk, op);
     default:
-      return move_chunk<unsigned char>(rows, base, own, num_kept, seq_len, plan, segment, chunk, own_flags);
+      return move_rows<unsigned char>(rows, lane, plan, chunk, op);
   }
 }
 

@@ -24,5 +24,8 @@ LIVEVLM_CPU_KERNEL(compact_tokens_cpu, CompactTokens)
 // `workspace`: compact_tokens_workspace(params) bytes. `stream` is a cudaStream_t.
 int64_t compact_tokens_workspace(const CompactTokens& params);
 void compact_tokens_cuda(const CompactTokens& params, void* workspace, void* stream);
+// As the last kernel of another op: it overlaps with the one before it on the stream, by whose end the
+// workspace must be zero.
+void compact_tokens_behind(const CompactTokens& params, void* workspace, void* stream);
 
 }  // namespace livevlm

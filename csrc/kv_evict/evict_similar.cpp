@@ -30,24 +30,40 @@ std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const
                   : torch::stable::new_empty(k, {batch, budget}, ScalarType::Int);
   };
   Tensor indices = outputs(false), counts = outputs(true);
+  const int64_t past = seq_len - recent;
+  Tokens recent_k = tokens_of(k);
+  recent_k.data = static_cast<char*>(recent_k.data) +
+                  past * recent_k.stride_token * static_cast<int64_t>(k.element_size());
+  auto* const kept = static_cast<int32_t*>(indices.data_ptr());
   EvictSimilar params{
-      .k = tokens_of(k),
-      .v = tokens_like(v, "v", k),
-      .rows = {rows_of(k, "k", per_head), rows_of(v, "v", per_head)},
-      .num_rows = 2,
-      .slots = contiguous_data<const int32_t>(slots, "slots", ScalarType::Int, batch * seq_len, k),
-      .dtype = float_dtype(k, "k"),
-      .batch = batch,
-      .seq_len = seq_len,
-      .num_heads = num_heads,
-      .head_dim = head_dim,
-      .budget = budget,
-      .num_frames = num_recent_frames,
-      .tokens_per_frame = tokens_per_frame,
+      .scoring = {.k = tokens_of(k),
+                  .v = tokens_like(v, "v", k),
+                  .recent_k = recent_k,
+                  .stride_frame = tokens_per_frame * recent_k.stride_token,
+                  .slots =
+                      contiguous_data<const int32_t>(slots, "slots", ScalarType::Int, batch * seq_len, k),
+                  .seq_lens = nullptr,
+                  .dtype = float_dtype(k, "k"),
+                  .batch = batch,
+                  .seq_len = seq_len,
+                  .num_heads = num_heads,
+                  .head_dim = head_dim,
+                  .num_frames = num_recent_frames,
+                  .tokens_per_frame = tokens_per_frame,
+                  .per_head = per_head,
+                  .similarity = nullptr,
+                  .value_norm = nullptr},
+      .moving = {.tensors = {rows_of(k, "k", per_head), rows_of(v, "v", per_head)},
+                 .num_tensors = 2,
+                 .indices = kept,
+                 .batch = batch,
+                 .num_heads = per_head ? num_heads : 1,
+                 .seq_len = seq_len,
+                 .num_kept = budget},
+      .num_past = past,
       .num_dissimilar = num_dissimilar,
       .num_shared = num_shared,
-      .per_head = per_head,
-      .indices = static_cast<int32_t*>(indices.data_ptr()),
+      .indices = kept,
       .counts = static_cast<int32_t*>(counts.data_ptr()),
   };
   STD_TORCH_CHECK(tensors.size() + 2 <= kMaxCompactTensors, "tensors has more than ", kMaxCompactTensors - 2,
@@ -57,7 +73,7 @@ std::tuple<Tensor, Tensor> evict_similar(const Tensor& k, const Tensor& v, const
     STD_TORCH_CHECK(tensor.dim() >= (per_head ? 3 : 2) && tensor.size(0) == batch &&
                         tensor.size(1) == seq_len && (!per_head || tensor.size(2) == num_heads),
                     "tensors does not have the batch, seq_len and heads of k");
-    params.rows[params.num_rows++] = rows_of(tensor, "tensors", per_head);
+    params.moving.tensors[params.moving.num_tensors++] = rows_of(tensor, "tensors", per_head);
   }
   if (batch > 0) LIVEVLM_RUN(evict_similar, params, k);
   return {indices, counts};

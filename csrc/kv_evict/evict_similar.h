@@ -6,22 +6,17 @@
 #include <cstdint>
 
 #include "common/cpu_dispatch.h"
-#include "common/dtype.h"
-#include "common/tokens.h"
 #include "kv_evict/compact_tokens.h"
+#include "kv_evict/score_redundancy.h"
 
 namespace livevlm {
 
 struct EvictSimilar {
-  Tokens k, v;                    // [batch, seq_len, num_heads, head_dim]
-  Rows rows[kMaxCompactTensors];  // what moves, per head if per_head: keys, values, and more if wanted
-  int num_rows;
-  const int32_t* slots;  // [batch, seq_len]
-  DType dtype;
-  int64_t batch, seq_len, num_heads, head_dim;
-  int64_t budget, num_frames, tokens_per_frame, num_dissimilar, num_shared;
-  bool per_head;
-  int32_t* indices;  // [batch, (num_heads,) budget]
+  ScoreRedundancy scoring;  // of all tokens against the last frames; where scores go is up to the kernel
+  CompactTokens moving;     // keys, values, and more if wanted, to where `indices` says
+  int64_t num_past;         // tokens before the recent frames
+  int64_t num_dissimilar, num_shared;
+  int32_t* indices;  // [batch, (num_heads,) moving.num_kept]
   int32_t* counts;   // [batch, (num_heads)]
 };
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/cuda_vec.cuh"
+#include "common/ptx.cuh"
 #include "kv_evict/score_redundancy.h"
 
 namespace livevlm {
@@ -16,8 +17,9 @@ inline constexpr int kGroups = kRedundancyThreads / kLanes;  // of lanes in a bl
 
 struct RedundancyKernel {
   ScoreRedundancy op;
-  float* patches;   // [batch, tokens_per_frame, num_heads, head_dim]
+  Tokens patches;   // [batch, tokens_per_frame, num_heads, head_dim], float32; or a single frame's keys
   float one_frame;  // 1 / num_frames
+  uint32_t pitch;   // tokens from one of a group of lanes to its next
 };
 
 template <int kLanes>
@@ -31,24 +33,56 @@ __device__ __forceinline__ float inverse_norm(float squares) {
   return squares == 0.0f ? 1.0f : rsqrtf(squares);
 }
 
-template <int kSize>
-__device__ __forceinline__ void load_floats(const float* source, float (&values)[kSize]) {
-  if constexpr (kSize % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kSize; i += 4) {
-      const float4 four = __ldcg(reinterpret_cast<const float4*>(source + i));
-      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = __ldcg(source + i);
-  }
+// The cosine of two keys of which one has an infinite length: 0, or NaN if an element is not finite.
+template <typename T>
+__device__ __forceinline__ float cosine_of_long(const ScoreRedundancy& op, int64_t batch, int64_t token,
+                                                int64_t slot, int64_t head) {
+  float sum = 0.0f;
+  const auto add = [&](const Tokens& tokens, int64_t row) {
+    const T* key = static_cast<const T*>(tokens.data) + batch * tokens.stride_batch +
+                   row * tokens.stride_token + head * tokens.stride_head;
+#pragma unroll 1  // seldom gone through
+    for (int64_t dim = 0; dim < op.head_dim; ++dim)
+      sum += 0.0f * static_cast<float>(key[dim * tokens.stride_dim]);
+  };
+  add(op.k, token);
+  add(op.recent_k, slot);
+  return sum;
 }
 
 template <int kLanes>
 __host__ __device__ inline int64_t patch_tiles(const ScoreRedundancy& op) {
   return (op.tokens_per_frame * op.num_heads + kGroups<kLanes> - 1) / kGroups<kLanes>;
 }
+
+// kSize elements of a patch: float32, or of a single frame's key. Through L1, where other tokens of the slot
+// find them; not through the read-only path, since patches are still being written when their reader starts.
+template <typename T, int kSize>
+struct Patch {
+  static constexpr int kPart = kSize == 1 ? 1 : kVectorSize<T>;
+  Vec<T, kPart> parts[kSize / kPart];
+
+  __device__ __forceinline__ void load(const T* source) {
+#pragma unroll
+    for (int i = 0; i < kSize / kPart; ++i) {
+      if constexpr (kPart == 1) {
+        parts[i].load(source);
+      } else {
+        parts[i].words = reinterpret_cast<const uint4*>(source)[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void widen(float (&values)[kSize]) const {
+#pragma unroll
+    for (int i = 0; i < kSize / kPart; ++i) {
+      float part[kPart];
+      parts[i].widen(part);
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) values[i * kPart + j] = part[j];
+    }
+  }
+};
 
 // The patches of kGroups slots and heads of one sequence, from `tile` * kGroups on; heads are next to each
 // other.
@@ -62,7 +96,7 @@ __device__ __forceinline__ void make_patches(const RedundancyKernel& p, int64_t 
   const uint32_t slot = inside ? place / heads : 0, head = inside ? place % heads : 0;
   const T* of_head = static_cast<const T*>(op.recent_k.data) + batch * op.recent_k.stride_batch +
                      slot * op.recent_k.stride_token + head * op.recent_k.stride_head;
-  float* patch = p.patches + (batch * op.tokens_per_frame * heads + place) * op.head_dim;
+  float* patch = static_cast<float*>(p.patches.data) + batch * p.patches.stride_batch + place * op.head_dim;
   constexpr int kStep = kLanes * kSize, kFrames = 4;
   const int head_dim = static_cast<int>(op.head_dim), num_frames = static_cast<int>(op.num_frames);
 
@@ -108,6 +142,7 @@ __device__ __forceinline__ void make_patches(const RedundancyKernel& p, int64_t 
 template <typename T, int kSize, int kLanes>
 __global__ void __launch_bounds__(kRedundancyThreads, 4)
     make_patches_kernel(const __grid_constant__ RedundancyKernel p) {
+  let_next_kernel_start();
   const auto tiles = static_cast<uint32_t>(patch_tiles<kLanes>(p.op));
   make_patches<T, kSize, kLanes>(p, blockIdx.x / tiles, blockIdx.x % tiles);
 }

@@ -51,19 +51,12 @@ template <bool kStaged, typename KeyOf>
 class RowKeys {
  public:
   // key_of(token) is asked for tokens below `length` only; others have kNeverKey. `staged`:
-  // staged_bytes(length) of shared memory.
-  __device__ __forceinline__ RowKeys(int32_t length, KeyOf key_of, uint32_t* staged)
-      : length_(length), key_of_(key_of), staged_(staged), own_(row_stretch(length)) {
-    if (!kStaged) return;
-    for (uint32_t first = 0; first < own_.count; first += kStageAhead) {
-      uint32_t keys[kStageAhead];
-#pragma unroll
-      for (int i = 0; i < kStageAhead; ++i) keys[i] = read(first + i);
-#pragma unroll
-      for (int i = 0; i < kStageAhead; ++i) {
-        if (first + i < own_.count) staged_[place(first + i)] = keys[i];
-      }
-    }
+  // staged_bytes(length) of shared memory. If the block has only a part of the row, that is [begin, length);
+  // `begin` is a multiple of 32.
+  __device__ __forceinline__ RowKeys(int32_t length, KeyOf key_of, uint32_t* staged, int32_t begin = 0)
+      : length_(length), key_of_(key_of), staged_(staged), own_(row_stretch(length - begin)) {
+    own_.first += static_cast<uint32_t>(begin) / 32;
+    if (kStaged) stage();
   }
 
   __device__ __forceinline__ int32_t token(uint32_t j) const {
@@ -85,6 +78,18 @@ class RowKeys {
 
  private:
   static constexpr int kStageAhead = 18;
+
+  __device__ __forceinline__ void stage() {
+    for (uint32_t first = 0; first < own_.count; first += kStageAhead) {
+      uint32_t keys[kStageAhead];
+#pragma unroll
+      for (int i = 0; i < kStageAhead; ++i) keys[i] = read(first + i);
+#pragma unroll
+      for (int i = 0; i < kStageAhead; ++i) {
+        if (first + i < own_.count) staged_[place(first + i)] = keys[i];
+      }
+    }
+  }
 
   // Words are loaded by groups, the last before the first is used.
   template <int kAhead, typename Load, typename F>
@@ -122,7 +127,7 @@ template <bool kStaged>
 class RowFlags {
  public:
   __device__ __forceinline__ RowFlags(int32_t length, uint32_t* words)
-      : words_(words + row_stretch(length).first) {}
+      : words_(kStaged ? nullptr : words + row_stretch(length).first) {}
 
   __device__ __forceinline__ void set(uint32_t j, bool flag) {
     if (kStaged) {
@@ -150,12 +155,17 @@ inline int64_t staged_bytes(int64_t seq_len) {
   return ceil_div(seq_len, kRowThreads) * kRowThreads * static_cast<int64_t>(sizeof(uint32_t));
 }
 
+// Whether staged keys have room beside `shared_bytes` of shared memory.
+inline bool fits_staged(int64_t seq_len, int64_t shared_bytes) {
+  return seq_len <= kMaxStagedWords * kRowThreads &&
+         shared_bytes + staged_bytes(seq_len) <= max_shared_bytes();
+}
+
 // Calls body(BoolTag<kStaged>{}, all bytes of shared memory): staged if there is room.
 template <typename Body>
 void dispatch_staged(int64_t seq_len, int64_t shared_bytes, Body body) {
-  const int64_t bytes = shared_bytes + staged_bytes(seq_len);
-  const bool fits = seq_len <= kMaxStagedWords * kRowThreads && bytes <= max_shared_bytes();
-  return fits ? body(BoolTag<true>{}, bytes) : body(BoolTag<false>{}, shared_bytes);
+  return fits_staged(seq_len, shared_bytes) ? body(BoolTag<true>{}, shared_bytes + staged_bytes(seq_len))
+                                            : body(BoolTag<false>{}, shared_bytes);
 }
 
 }  // namespace livevlm

@@ -2,6 +2,8 @@
 #include "common/cuda_launch.cuh"
 #include "kv_evict/score_redundancy.cuh"
 
+#include <algorithm>
+
 namespace livevlm {
 namespace {
 
@@ -21,24 +23,48 @@ void dispatch(const ScoreRedundancy& op, Body body) {
   });
 }
 
+// How far apart a group's tokens are: a frame, or several of few tokens.
+uint32_t pitch_of(const ScoreRedundancy& op) {
+  constexpr int64_t kLeast = 128;  // so that whole tiles fill most of it
+  const int64_t frames = ceil_div(kLeast, op.tokens_per_frame) * op.tokens_per_frame;
+  return static_cast<uint32_t>(std::min(frames, op.seq_len));
+}
+
+// Whether patches must be made: a single frame's keys are used as they are.
+bool makes_patches(const ScoreRedundancy& op) {
+  return op.num_frames > 1;
+}
+
+Tokens patches_of(const ScoreRedundancy& op, void* workspace) {
+  if (!makes_patches(op)) return op.recent_k;
+  const int64_t slot = op.num_heads * op.head_dim;
+  return {workspace, op.tokens_per_frame * slot, slot, op.head_dim, 1};
+}
+
 }  // namespace
 
 int64_t score_redundancy_workspace(const ScoreRedundancy& op) {
+  if (!makes_patches(op)) return 0;
   return op.batch * op.tokens_per_frame * op.num_heads * op.head_dim * static_cast<int64_t>(sizeof(float));
 }
 
 void score_redundancy_cuda(const ScoreRedundancy& op, void* workspace, void* stream) {
-  const RedundancyKernel kernel{op, static_cast<float*>(workspace), 1.0f / static_cast<float>(op.num_frames)};
+  const RedundancyKernel kernel{op, patches_of(op, workspace), 1.0f / static_cast<float>(op.num_frames),
+                                pitch_of(op)};
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   dispatch(op, [&](auto type, auto size, auto lanes) {
     using T = typename decltype(type)::type;
     constexpr int kSize = decltype(size)::value, kLanes = decltype(lanes)::value;
-    const int64_t patches = op.batch * patch_tiles<kLanes>(op);
-    launch_kernel(make_patches_kernel<T, kSize, kLanes>, grid_of(patches), kRedundancyThreads, 0, cuda_stream,
-                  kernel, "score_redundancy: patches");
-    const int64_t tiles = op.batch * ceil_div(op.seq_len, kTokensPerTile<kLanes>);
-    launch_kernel(score_redundancy_kernel<T, kSize, kLanes>, grid_of(tiles), kRedundancyThreads, 0,
-                  cuda_stream, kernel, "score_redundancy");
+    const dim3 grid = grid_of(op.batch * Tiles<kLanes>(op.seq_len, kernel.pitch).count);
+    if (!makes_patches(op)) {
+      launch_kernel(score_redundancy_kernel<T, kSize, kLanes, true>, grid, kRedundancyThreads, 0, cuda_stream,
+                    kernel, "score_redundancy");
+      return;
+    }
+    launch_kernel(make_patches_kernel<T, kSize, kLanes>, grid_of(op.batch * patch_tiles<kLanes>(op)),
+                  kRedundancyThreads, 0, cuda_stream, kernel, "score_redundancy: patches");
+    launch_overlapping(score_redundancy_kernel<T, kSize, kLanes, false>, grid, kRedundancyThreads, 0,
+                       cuda_stream, kernel, "score_redundancy");
   });
 }
 

@@ -31,7 +31,7 @@ bool uses_mma(const ScoreTokens& op) {
     const char* wanted = std::getenv("LIVEVLM_SCORE");
     return !(wanted && std::string_view(wanted) == "mma");
   }();
-  return allowed && uses_mma(op) && compute_capability_major() == 9;
+  return allowed && uses_mma(op) && has_warpgroup_products();
 #endif
 }
 

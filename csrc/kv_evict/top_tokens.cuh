@@ -12,6 +12,11 @@ namespace livevlm {
 inline constexpr int kDigits = 1 << 11, kPasses = 3;  // of 11, 11 and 10 bits
 static_assert(kDigits == 2 * kRowThreads, "find_bin gives each thread two");
 
+// Place of a key's lowest bit that belongs to a digit; the first digit is the highest.
+__device__ __forceinline__ int digit_shift(int pass) {
+  return pass == 0 ? 21 : pass == 1 ? 10 : 0;
+}
+
 // Which tokens are taken: those with a larger key than `key`, and those with this key up to `last`.
 struct Cut {
   uint32_t key;
@@ -117,7 +122,7 @@ __device__ __forceinline__ Cut find_cut(const Keys& keys, uint32_t count, bool a
   uint32_t rest = count;
 #pragma unroll 1
   for (int pass = 0; pass < kPasses; ++pass) {
-    const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
+    const int shift = digit_shift(pass);
     const uint32_t known = pass == 0 ? 0u : pass == 1 ? ~0u << 21 : ~0u << 10;
     const uint32_t digits = pass == 2 ? kDigits / 2 - 1 : kDigits - 1;
     uint32_t* histogram = shared.histogram[pass];

@@ -2,10 +2,15 @@
 #include "kv_merge/merge_tokens.cuh"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "common/cuda_launch.cuh"
 #include "kv_merge/nearest_fma.cuh"
 #include "kv_merge/nearest_mma.cuh"
+#ifndef LIVEVLM_EMULATED
+#include "kv_merge/nearest_wgmma.cuh"
+#endif
 #include "kv_merge/order_by_group.cuh"
 
 namespace livevlm {
@@ -46,7 +51,10 @@ Plan plan(const MergeTokens& op, char* workspace) {
                 .starts = nullptr};
   plan.nearest.op = op;
   plan.order_shared = order_shared_bytes(op.num_groups) <= max_shared_bytes() - 1024;
-  if (op.indices) take(plan.nearest.nearest, tokens);
+  if (op.indices) {
+    take(plan.nearest.nearest, tokens);
+    take(plan.nearest.num_tiles, 1);
+  }
   plan.zeroed = at;
   take(plan.order.counts, op.batch * kOrderWarps * op.num_groups);
   if (!plan.order_shared) plan.zeroed = at;
@@ -56,6 +64,7 @@ Plan plan(const MergeTokens& op, char* workspace) {
     plan.order.nearest = plan.nearest.nearest;
     take(plan.nearest.orphans, tokens);
     take(plan.nearest.num_orphans, op.batch);
+    take(plan.nearest.tiles, op.batch * ceil_div(op.seq_len, kTileOrphans));
     take(plan.nearest.inverses, op.batch * op.num_groups);
   }
   plan.bytes = at;
@@ -77,6 +86,39 @@ void launch_nearest(void (*kernel)(NearestKernel), NearestKernel p, int64_t orph
                 stream, p, "merge_tokens: nearest survivors");
 }
 
+#ifndef LIVEVLM_EMULATED
+// Warpgroup products exist on Hopper alone. LIVEVLM_NEAREST=mma in the environment turns them off, so that
+// tests on Hopper reach the other kernel too.
+bool uses_wgmma() {
+  static const bool allowed = [] {
+    const char* wanted = std::getenv("LIVEVLM_NEAREST");
+    return !(wanted && std::string_view(wanted) == "mma");
+  }();
+  return allowed && has_warpgroup_products();
+}
+
+// One block a multiprocessor, with as many stages as there is room for; false if there are too few. This
+// follows from the size of a key alone: a token's nearest must not depend on what else is in the batch.
+template <typename T>
+bool launch_wgmma(const NearestKernel& p, cudaStream_t stream) {
+  const MergeTokens& op = p.op;
+  const int64_t chunks = ceil_div(op.num_heads * op.head_dim, kPanelElements), most = max_shared_bytes();
+  int64_t stages = kMostStages;
+  const auto slots = [&] { return ceil_div(stages, chunks); };
+  const auto bytes = [&] { return nearest_wgmma_bytes(chunks, stages, slots()); };
+  while (stages >= kFewestStages && bytes() > most) --stages;
+  if (stages < kFewestStages) return false;
+  const NearestWgmmaKernel kernel{p, static_cast<int32_t>(chunks), static_cast<int32_t>(stages),
+                                  static_cast<int32_t>(slots())};
+  const int64_t steps =
+      op.batch * ceil_div(op.seq_len, kTileOrphans) * ceil_div(op.num_groups, kTileSurvivors);
+  const int64_t blocks = std::min(steps, device_attribute(cudaDevAttrMultiProcessorCount));
+  launch_kernel(nearest_wgmma_kernel<T>, grid_of(blocks), kNearestThreads, static_cast<size_t>(bytes()),
+                stream, kernel, "merge_tokens: nearest survivors");
+  return true;
+}
+#endif
+
 template <typename T>
 void find_nearest(const NearestKernel& p, cudaStream_t stream) {
   const MergeTokens& op = p.op;
@@ -86,6 +128,9 @@ void find_nearest(const NearestKernel& p, cudaStream_t stream) {
   launch_kernel(wide ? prepare_nearest_kernel<T, kVectorSize<T>> : prepare_nearest_kernel<T, 1>,
                 grid_of(blocks), kPrepareThreads, 0, stream, p, "merge_tokens: survivors");
   if constexpr (sizeof(T) == 2) {
+#ifndef LIVEVLM_EMULATED
+    if (wide && uses_wgmma() && launch_wgmma<T>(p, stream)) return;
+#endif
     const int64_t chunks = ceil_div(op.num_heads * op.head_dim, kMmaDepth), most = max_shared_bytes();
     const auto launch = [&](auto tile) {
       constexpr int kOrphans = decltype(tile)::value;

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kFmaThreads, 2)
     for (int j = 0; j < 4; ++j) {
       const int32_t survivor = row + x + 16 * j;
       const float inverse = survivor < task.end_row ? inverses[survivor] : -1.0f;
-      if (!(inverse >= 0.0f) && inverse == inverse) continue;
+      if (!(inverse >= 0.0f)) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) atomicMax(&best[y + 16 * i], nearness(dots[i][j] * inverse, survivor));
     }

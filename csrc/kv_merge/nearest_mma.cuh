@@ -93,7 +93,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   __shared__ SurvivorTable tables[kTables];
   __shared__ int64_t orphan_offsets[kOrphans];
   __shared__ unsigned long long best[kOrphans];
-  __shared__ int32_t first_survivor;
   const MergeTokens& op = p.op;
   const NearestTask task(p, kOrphans, kMmaRows);
   if (task.first_orphan >= task.num_orphans || task.first_row >= task.end_row) return;
@@ -111,7 +110,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     best[thread] = 0;
     orphan_offsets[thread] = has_orphan ? own_token * op.k.stride_token : -1;
   }
-  if (thread == 0) first_survivor = INT32_MAX;
   for (int i = thread; i < chunks * 8; i += kMmaThreads) {
     const auto at = static_cast<uint32_t>(i * 8);
     pieces[i] = at < width ? element_offset(op, at) : -1;
@@ -119,16 +117,15 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
 
   // The first kMmaRows threads look up a survivor each, and write it to the tile's table later.
   struct Survivor {
-    int32_t row, token;
+    int32_t token;
     float inverse;
   };
   const auto look_up = [&](int tile) {
-    Survivor found{INT32_MAX, 0, -1.0f};
+    Survivor found{0, -1.0f};
     const int64_t row = task.first_row + int64_t{tile} * kMmaRows + thread;
     if (thread < kMmaRows && row < task.end_row) {
       found.inverse = p.inverses[task.batch * op.num_groups + row];
       found.token = op.indices[task.batch * op.num_groups + row];
-      found.row = static_cast<int32_t>(row);
     }
     return found;
   };
@@ -138,8 +135,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     SurvivorTable& table = tables[tile % kTables];
     table.offsets[thread] = valid ? found.token * op.k.stride_token : -1;
     table.scales[thread] = valid ? found.inverse : NAN;
-    const int32_t lowest = __reduce_min_sync(~0u, valid ? found.row : INT32_MAX);
-    if (lane == 0) atomicMin(&first_survivor, lowest);
   };
 
   // Starts the copy of the next chunk of survivors and, the first time, of orphans. Elements past the end of
@@ -184,7 +179,6 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
   Survivor ahead[kTables - 1];
 #pragma unroll
   for (int tile = 0; tile < kTables - 1; ++tile) ahead[tile] = look_up(tile);
-  __syncthreads();  // first_survivor is there
 #pragma unroll
   for (int tile = 0; tile < kTables - 1; ++tile) put(tile, ahead[tile]);
   __syncthreads();
@@ -246,9 +240,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     if (rows[j] >= 0) atomicMax(&best[down + j * 8 + lane / 4], nearness(cosines[j], rows[j]));
   }
   __syncthreads();
-  if (!has_orphan) return;
-  unsigned long long found = best[thread];
-  if (found == 0 && first_survivor < INT32_MAX) found = nearness(NAN, first_survivor);
+  const unsigned long long found = has_orphan ? best[thread] : 0;
   if (found) atomicMax(p.nearest + task.batch * op.seq_len + own_token, found);
 }
 

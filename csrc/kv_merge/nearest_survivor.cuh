@@ -13,11 +13,19 @@
 
 namespace livevlm {
 
+inline constexpr int kTileOrphans = 128;
+
+struct OrphanTile {
+  int32_t batch, first;
+};
+
 struct NearestKernel {
   MergeTokens op;
   unsigned long long* nearest;  // [batch, seq_len]: the result, see `nearness`; zero before the launch
   int32_t* orphans;             // [batch, seq_len]: valid tokens that do not survive
   int32_t* num_orphans;         // [batch]
+  OrphanTile* tiles;            // all of them, of all rows, kTileOrphans orphans each; in any order
+  uint32_t* num_tiles;          // one number, zero before the launch
   float* inverses;              // [batch, num_groups]: 1 / length of a survivor's key; negative: none
   uint32_t survivor_parts;
 };
@@ -53,22 +61,41 @@ __device__ __forceinline__ int64_t element_offset(const MergeTokens& op, uint32_
 inline constexpr int kPrepareThreads =
     1024;  // few blocks list orphans, and each has a whole row to go through
 
-// Survivors keep their own row; orphans are listed; survivors' lengths are taken. One block a row.
+// Survivors keep their own row; orphans are listed, and belong to the first survivor until a comparison finds
+// a cosine that is not NaN. One block a row.
 __device__ __forceinline__ void list_orphans(const NearestKernel& p, int64_t batch) {
+  __shared__ int32_t first_survivor;
   const MergeTokens& op = p.op;
   const int32_t length = length_of(op, batch);
   unsigned long long* nearest = p.nearest + batch * op.seq_len;
+  if (threadIdx.x == 0) first_survivor = INT32_MAX;
+  __syncthreads();
+  int32_t lowest = INT32_MAX;
   for (int64_t row = threadIdx.x; row < op.num_groups; row += kPrepareThreads) {
     const int32_t token = op.indices[batch * op.num_groups + row];
-    if (token >= 0 && token < length)
-      atomicMax(nearest + token, nearness(INFINITY, static_cast<int32_t>(row)));
+    if (token < 0 || token >= length) continue;
+    atomicMax(nearest + token, nearness(INFINITY, static_cast<int32_t>(row)));
+    lowest = min(lowest, static_cast<int32_t>(row));
   }
+  lowest = __reduce_min_sync(~0u, lowest);
+  if (threadIdx.x % 32 == 0) atomicMin(&first_survivor, lowest);
   __syncthreads();
+  const int32_t first = first_survivor;
   int32_t* orphans = p.orphans + batch * op.seq_len;
-  const uint32_t count = number_tokens<kPrepareThreads>(
+  const auto count = static_cast<int32_t>(number_tokens<kPrepareThreads>(
       length, [&](int32_t token) { return __ldcg(nearest + token) == 0; },
-      [&](uint32_t number, int32_t token) { orphans[number] = token; });
-  if (threadIdx.x == 0) p.num_orphans[batch] = static_cast<int32_t>(count);
+      [&](uint32_t number, int32_t token) {
+        orphans[number] = token;
+        if (first < INT32_MAX) nearest[token] = nearness(NAN, first);
+      }));
+  if (threadIdx.x == 0) p.num_orphans[batch] = count;
+  if (threadIdx.x >= 32 || first == INT32_MAX) return;
+  const int lane = static_cast<int>(threadIdx.x), tiles = (count + kTileOrphans - 1) / kTileOrphans;
+  uint32_t place = lane == 0 ? atomicAdd(p.num_tiles, static_cast<uint32_t>(tiles)) : 0;
+  place = __shfl_sync(~0u, place, 0);
+  for (int32_t i = lane; i < tiles; i += 32) {
+    p.tiles[place + i] = {static_cast<int32_t>(batch), i * kTileOrphans};
+  }
 }
 
 // One warp a survivor.

@@ -172,6 +172,21 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   });
 }
 
+inline uint32_t transpose_8x8(uint32_t pair) {
+  struct Operand {
+    uint32_t pair, result;
+  };
+  return collective(0xffffffffu, Operand{pair, 0},
+                    [](Operand* const* lanes) {
+                      const auto at = [&](int row, int column) {
+                        return lanes[row * 4 + column / 2]->pair >> (column % 2 * 16) & 0xffff;
+                      };
+                      for (int i = 0; i < warpSize; ++i)
+                        lanes[i]->result = at(i % 4 * 2, i / 4) | at(i % 4 * 2 + 1, i / 4) << 16;
+                    })
+      .result;
+}
+
 template <typename T>
 T load_once(const T* source) {
   if (reinterpret_cast<uintptr_t>(source) % sizeof(T) != 0) fail("misaligned load");
@@ -203,6 +218,10 @@ inline void store_release(uint32_t* flag, uint32_t value) {
 inline uint32_t atomic_add_release(uint32_t* counter, uint32_t value) {
   return std::exchange(*counter, *counter + value);
 }
+
+// One kernel runs at a time.
+inline void wait_for_previous_kernels() {}
+inline void let_next_kernel_start() {}
 
 // Copies happen when they are waited for; until then the target holds NaN bits.
 void cp_async16(void* shared, const void* global, bool valid);
