@@ -60,7 +60,7 @@ def rank_in_bucket(bucket: Tensor) -> Tensor:
     starts = torch.ones_like(grouped, dtype=torch.bool)
     starts[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
     run_start = torch.where(starts, place, 0).cummax(-1).values
-    return torch.empty_like(order).scatter(-1, order, place - run_start)
+    return torch.empty_like(order).scatter_(-1, order, place - run_start)
 
 
 def sorted_indices(keep: Tensor, width: int) -> Tensor:
