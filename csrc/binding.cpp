@@ -17,9 +17,12 @@ namespace {
 using namespace livevlm::ops;  // one function serves every device: it looks at its tensors
 
 void register_ops(torch::stable::detail::StableLibrary& library) {
+  LIVEVLM_IMPL(block_attention);
   LIVEVLM_IMPL(compact_tokens);
   LIVEVLM_IMPL(evict_similar);
+  LIVEVLM_IMPL(merge_states);
   LIVEVLM_IMPL(merge_tokens);
+  LIVEVLM_IMPL(retrieve_blocks);
   LIVEVLM_IMPL(score_redundancy);
   LIVEVLM_IMPL(score_tokens);
   LIVEVLM_IMPL(select_tokens);

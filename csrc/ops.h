@@ -43,4 +43,20 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& k, const Tensor& v
                                                 const std::optional<Tensor>& weights,
                                                 const std::optional<Tensor>& seq_lens, int64_t num_groups);
 
+std::tuple<Tensor, Tensor> retrieve_blocks(const Tensor& q, const Tensor& keys,
+                                           const std::optional<Tensor>& seq_lens, int64_t kind, bool softmax,
+                                           int64_t num_selected, std::optional<double> ratio,
+                                           int64_t block_size, int64_t num_sink_blocks,
+                                           int64_t num_recent_blocks, bool per_head, double sm_scale);
+
+std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const Tensor& block_table, const Tensor& seq_lens,
+                                           const std::optional<Tensor>& cu_seqlens_q,
+                                           const std::optional<Tensor>& positions,
+                                           const std::optional<Tensor>& cos_sin_cache,
+                                           const std::optional<Tensor>& q_positions, bool packed,
+                                           double sm_scale, bool causal, int64_t window);
+
+std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses);
+
 }  // namespace livevlm::ops

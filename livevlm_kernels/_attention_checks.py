@@ -108,11 +108,17 @@ def scale(sm_scale: float | None, head_dim: int) -> float:
     return float(sm_scale)
 
 
-def cos_sin_cache(value: Tensor | None, head_dim: int, other_name: str, other: Tensor) -> None:
+def cos_sin_cache(
+    value: Tensor | None,
+    head_dim: int,
+    other_name: str,
+    other: Tensor,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> None:
     if value is None:
         return
     check.tensor("cos_sin_cache", value, ndim=2)
-    check.dtype("cos_sin_cache", value, (torch.float32,))
+    check.dtype("cos_sin_cache", value, dtypes)
     check.same_device("cos_sin_cache", value, other_name, other)
     check.shape("cos_sin_cache", value, (value.shape[0], head_dim), "[max_position, head_dim]")
     not_empty("cos_sin_cache", value)

@@ -23,6 +23,8 @@ def block_attention(
     cu_seqlens_q: Tensor | None = None,
     positions: Tensor | None = None,
     cos_sin_cache: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    packed: bool = False,
     sm_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -37,8 +39,8 @@ def block_attention(
     of blocks can be given any positions.
 
     Args:
-        q: queries of all sequences after one another, `[total_q, num_qo_heads, head_dim]`, dtype of `k`, rotated by the
-            caller if `cos_sin_cache` is given.
+        q: queries of all sequences after one another, `[total_q, num_qo_heads, head_dim]`, dtype of `k`, any strides;
+            with `cos_sin_cache` un-rotated if `q_positions` is given, else rotated by the caller.
         k: pool of keys, `[num_blocks, block_size, num_kv_heads, head_dim]`, float32, float16 or bfloat16, any strides;
             `num_qo_heads` is a multiple of `num_kv_heads`.
         v: pool of values, shape and dtype of `k`.
@@ -50,9 +52,14 @@ def block_attention(
         cu_seqlens_q: where the queries of each sequence start, int32 `[batch + 1]`, from 0 up to at most total_q; rows
             outside of all sequences get zeros. None: every sequence has total_q / batch queries.
         positions: position of each slot of the pool, `[num_blocks, block_size]`, int32 or int64; a slot with a negative
-            position is empty and not seen, though it counts in `seq_lens`. Required by `cos_sin_cache`.
-        cos_sin_cache: float32 `[max_position, head_dim]`, head_dim / 2 cosines then as many sines per position: keys
-            are rotated (half-split, as in Qwen2) at `positions`, clamped to max_position - 1. None: no RoPE.
+            position is empty and not seen, though it counts in `seq_lens`. Required by `cos_sin_cache`, unless
+            `packed`.
+        cos_sin_cache: float32 or float16 `[max_position, head_dim]`, head_dim / 2 cosines then as many sines per
+            position: keys are rotated (half-split, as in Qwen2) at `positions`, clamped to 0..max_position - 1. Half
+            precision halves what has to be read, and errs less than a 16-bit key does. None: no RoPE.
+        q_positions: where the queries are rotated, `[total_q]`, int32 or int64; needs `cos_sin_cache`.
+        packed: a key's position is its number in table order instead: the memory is read as if nothing had ever been
+            left out. `positions`, if given, then only says which slots are empty. Needs `cos_sin_cache`.
         sm_scale: factor of the logits, positive; `head_dim ** -0.5` if None.
         causal: query i of n sees the keys up to its own, number seq_len - n + i; otherwise all of them.
         window: see only the last `window` keys up to the query's own, at least 1; needs `causal`. None: no limit.
@@ -101,9 +108,12 @@ def block_attention(
     attention.per_token(
         "positions", positions, check.INTS, "k", k, (num_blocks, block_size), "[num_blocks, block_size]"
     )
-    if cos_sin_cache is not None and positions is None:
-        raise ArgumentError("cos_sin_cache was given without positions; RoPE at read needs both")
-    attention.cos_sin_cache(cos_sin_cache, head_dim, "k", k)
+    if cos_sin_cache is not None and positions is None and not packed:
+        raise ArgumentError("cos_sin_cache was given without positions; RoPE at read needs them, or packed=True")
+    attention.cos_sin_cache(cos_sin_cache, head_dim, "k", k, (torch.float32, torch.float16))
+    q_positions = attention.per_token("q_positions", q_positions, check.INTS, "q", q, (total_q,), "[total_q]")
+    if cos_sin_cache is None and (packed or q_positions is not None):
+        raise ArgumentError(f"{'packed' if packed else 'q_positions'} was given without cos_sin_cache")
     if window is not None:
         check.at_least("window", window, 1)
         if not causal:
@@ -117,6 +127,8 @@ def block_attention(
         cu_seqlens_q,
         positions,
         cos_sin_cache,
+        q_positions,
+        packed,
         attention.scale(sm_scale, head_dim),
         causal,
         window or 0,
@@ -133,6 +145,8 @@ def _fake(
     cu_seqlens_q: Tensor | None,
     positions: Tensor | None,
     cos_sin_cache: Tensor | None,
+    q_positions: Tensor | None,
+    packed: bool,
     sm_scale: float,
     causal: bool,
     window: int,
@@ -143,7 +157,9 @@ def _fake(
 define(
     "block_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, Tensor? positions, "
-    "Tensor? cos_sin_cache, float sm_scale, bool causal, int window) -> (Tensor, Tensor)",
+    "Tensor? cos_sin_cache, Tensor? q_positions, bool packed, float sm_scale, bool causal, int window) "
+    "-> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.block_attention",
 )

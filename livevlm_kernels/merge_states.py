@@ -48,4 +48,10 @@ def _fake(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])
 
 
-define("merge_states", "(Tensor outs, Tensor lses) -> (Tensor, Tensor)", reference=_reference, fake=_fake)
+define(
+    "merge_states",
+    "(Tensor outs, Tensor lses) -> (Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    triton="livevlm_kernels.triton.merge_states",
+)

@@ -148,4 +148,5 @@ define(
     "int num_sink_blocks, int num_recent_blocks, bool per_head, float sm_scale) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton="livevlm_kernels.triton.retrieve_blocks",
 )

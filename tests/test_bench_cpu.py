@@ -157,6 +157,99 @@ def test_baselines_of_eviction_and_merging():
     assert by_hand.kvpress_merging(k, v)[1].shape == (LAYERS, HEADS, TOKENS // 2, DIM)
 
 
+# ---------------------------------------------------------------- peers of attention
+@pytest.fixture(scope="module")
+def attention_peers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "baselines", load("baselines"))
+        yield load("attention_peers")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("num_queries", [1, 8])
+def test_peers_compute_block_attention(attention_peers, num_queries):
+    peers, given = attention_peers, arguments("block_attention")
+    table = torch.stack((torch.randperm(15), torch.randperm(15) + 16)).int()
+    table = torch.cat((table, torch.tensor([[15], [31]], dtype=torch.int32)), 1)  # a block with the queries comes last
+    k, v, q = given["k"][:32].float(), given["v"][:32].float(), randn(2 * num_queries, 28, DIM).float()
+    seq_lens = torch.full((2,), 256, dtype=torch.int32)
+    expected = livevlm_kernels.block_attention(q, k, v, table, seq_lens, backend="reference")
+    same(peers.gather_sdpa(q, k, v, table), expected, rtol=1e-4, atol=1e-5)
+    same(peers.dense_sdpa(q, k, v, 2), expected, rtol=1e-4, atol=1e-5)
+    one = q[:num_queries], k[:16], v[:16]
+    dense = peers.sdpa(one[0], *(x.view(1, 256, HEADS, DIM) for x in one[1:]))
+    mask = peers.causal_mask(num_queries, 256, q.dtype, "cpu")
+    same(peers.sdpa(one[0], *(x.view(1, 256, HEADS, DIM) for x in one[1:]), mask), dense, rtol=1e-4, atol=1e-5)
+    same(peers.flex(*one, peers.flex_mask(num_queries, 256, "cpu")), dense, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="blocks of 128"):
+        peers.flex_mask(1, 200, "cpu")
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [("mean", "query"), ("mean", "softmax"), ("minmax", "query"), ("minmax", "softmax"), ("mass", "softmax")],
+)
+def test_peers_compute_retrieval(attention_peers, kind, pooling, per_head):
+    if kind == "mass" and per_head:
+        pytest.skip("the peer adds heads up")
+    q = randn(LAYERS, 16, 28, DIM).float()
+    shape = {"mean": (28,), "minmax": (28, 2), "mass": (TOKENS,)}[kind]
+    keys = randn(LAYERS, *shape, HEADS, DIM).float()
+    if kind == "minmax":
+        keys = keys.sort(2).values
+    options = {"kind": kind, "pooling": pooling, "per_head": per_head}
+    size = {"block_size": 16} if kind == "mass" else {}
+    expected, _ = livevlm_kernels.retrieve_blocks(q, keys, num_selected=9, **options, **size, backend="reference")
+    same(attention_peers.retrieve(q, keys, 9, **options, block_size=16), expected)
+
+
+def test_peers_retrieve_and_attend(attention_peers):
+    q, summaries = randn(8, 28, DIM).float(), randn(28, HEADS, DIM).float()
+    k, v = randn(28, 16, HEADS, DIM).float(), randn(28, 16, HEADS, DIM).float()
+    table, _ = livevlm_kernels.retrieve_blocks(q, summaries, num_selected=9, backend="reference")
+    seq_lens = torch.tensor([9 * 16], dtype=torch.int32)
+    expected = livevlm_kernels.block_attention(q, k, v, table[None], seq_lens, causal=False, backend="reference")
+    same(attention_peers.retrieve_and_attend(q, summaries, k, v, 9), (expected, table), rtol=1e-4, atol=1e-5)
+    given = arguments("merge_states")
+    same(attention_peers.merge_states(**given), livevlm_kernels.merge_states(**given, backend="reference"))
+
+
+def test_flashinfer_is_optional(monkeypatch):
+    peer = load("flashinfer_peer")
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    module, why = peer.load()
+    assert module is None and why.startswith("FlashInfer cannot be imported: ModuleNotFoundError")
+    starts, indices, last = peer.pages(torch.tensor([[3, 1, 2], [0, 5, 4]], dtype=torch.int32), 40, 16)
+    assert (starts.tolist(), indices.tolist(), last.tolist()) == ([0, 3, 6], [3, 1, 2, 0, 5, 4], [8, 8])
+
+
+def test_attention_peers_in_the_harness(harness, tmp_path, monkeypatch, capsys):
+    """A reference that is not timed, inputs that are not counted, and calls that are timed from Python."""
+    monkeypatch.setitem(sys.modules, "kit", harness)
+    extra = load("attention_kit")
+    bench = harness.Bench("an_op", "cpu", tmp_path)
+
+    def make():
+        return extra.PartlyRead({"x": torch.ones(4, 4), "k": torch.ones(100)}, hidden=["k"])
+
+    providers = {
+        "expected": extra.checked_only(lambda s: {"a": s["x"] * 2}),
+        "mine": lambda s: {"a": s["x"] + s["k"][:4]},
+    }
+    rows = bench.run("4x4", torch.float32, make, 128, providers, extra.close_by_name)
+    assert [row.provider for row in rows] == ["mine"]
+    assert harness.nbytes(list(make().values())) == 64
+    assert "expected                             n/a: compared with, not timed" in capsys.readouterr().out
+    extra.called_from_python(bench, "4x4", make, 128, {"mine": providers["mine"]}, rows)
+    assert [row["provider"] for row in table_of(tmp_path)] == ["mine", "mine, from Python"]
+    with pytest.raises(AssertionError, match="relative error"):
+        extra.close(torch.ones(3, 4), torch.full((3, 4), 1.02))
+    monkeypatch.setenv("ONLY", "decode.*batch 1$")
+    assert extra.wanted("7B decode batch 1") and not extra.wanted("7B decode batch 16")
+    assert extra.visible_pairs(3, 5) == 3 + 4 + 5
+
+
 # ---------------------------------------------------------------- the harness
 def run_small(harness, path, providers, **options):
     bench = harness.Bench("an_op", "cpu", path)

@@ -77,7 +77,8 @@ def calls(op):
             {"q": paged_q, "k": pool[0], "v": pool[1], "block_table": TABLE[:, None].repeat(1, 2, 1),
              "seq_lens": LENS.clamp(max=8), "cu_seqlens_q": torch.tensor([0, 2, 5], dtype=torch.int32),
              "positions": slot_positions, "cos_sin_cache": CACHE, "sm_scale": 0.5, "window": 5, "return_lse": True},
-            {"q": paged_q, "k": pool[0], "v": pool[1], "block_table": TABLE, "seq_lens": LENS, "causal": False},
+            {"q": paged_q, "k": pool[0], "v": pool[1], "block_table": TABLE, "seq_lens": LENS, "causal": False,
+             "cos_sin_cache": CACHE.half(), "q_positions": torch.arange(len(paged_q)), "packed": True},
         ],
         "merge_states": [{"outs": randn(3, 4, 2, 8), "lses": randn(3, 4, 2)}],
     }[op]  # fmt: skip

@@ -19,12 +19,18 @@ def filled(**settings: object) -> LiveCache:
     return cache
 
 
+def slots_of(cache: LiveCache, blocks: torch.Tensor) -> torch.Tensor:
+    """Slots of retrieved blocks."""
+    size = cache.retrieval.block_size
+    return (cache.memory.video_start + blocks.long()[:, None] * size + torch.arange(size)).flatten()
+
+
 @torch.no_grad()
 def ask(cache: LiveCache) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     embeds = cache.adapter.embed_question(QUESTION)[None]
     with cache.question() as turn:
         out = cache.adapter.language_model(inputs_embeds=embeds, past_key_values=cache)
-        return out.last_hidden_state, dict(turn.slots)
+        return out.last_hidden_state, {layer: slots_of(cache, blocks) for layer, blocks in turn.blocks.items()}
 
 
 def test_how_many() -> None:
@@ -47,7 +53,7 @@ def test_frame_retrieval_follows_rekv() -> None:
     memory = cache.memory
     q = torch.randn(6, 14, 16, generator=torch.Generator().manual_seed(4))
     for layer in range(3):
-        got = cache.retrieval.select(memory, layer, q)
+        got = slots_of(cache, cache.retrieval.select(memory, layer, q))
         keys = memory.k[layer, memory.video_start : memory.video_end].view(40, 4, 2, 16)[:38]
         frame = keys.mean(1).repeat_interleave(7, dim=1).flatten(1)  # KV heads repeated to query heads, heads in a row
         best = (frame @ q.mean(0).flatten()).topk(5).indices.sort().values
@@ -94,12 +100,12 @@ def test_the_retrieved_part_stays_during_the_answer() -> None:
     embeds = cache.adapter.embed_question(QUESTION)[None]
     with cache.question() as turn, torch.no_grad():
         cache.adapter.language_model(inputs_embeds=embeds, past_key_values=cache)
-        first = {layer: slots.clone() for layer, slots in turn.slots.items()}
+        first = {layer: blocks.clone() for layer, blocks in turn.blocks.items()}
         for _ in range(3):
             cache.adapter.language_model(inputs_embeds=embeds[:, -1:], past_key_values=cache)
-        assert all(torch.equal(first[layer], turn.slots[layer]) for layer in first)
+        assert all(torch.equal(first[layer], turn.blocks[layer]) for layer in first)
     _, second = ask(cache)
-    assert all(torch.equal(first[layer], second[layer]) for layer in first)
+    assert all(torch.equal(slots_of(cache, first[layer]), second[layer]) for layer in first)
 
 
 def test_representatives_follow_the_memory() -> None:
@@ -123,13 +129,13 @@ def test_a_planted_key_is_found() -> None:
     memory.k[:, target : target + 8] = 20 * per_kv_head
     cache.retrieval.memory_changed()
     for layer in range(3):
-        assert target in cache.retrieval.select(memory, layer, q).tolist()
+        assert target in slots_of(cache, cache.retrieval.select(memory, layer, q)).tolist()
 
 
 def test_reading_never_copies_the_memory_when_all_of_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = filled(retrieval="none")
     calls = []
-    slots_of = Read._slots
-    monkeypatch.setattr(Read, "_slots", lambda self, layer, q: calls.append(slots_of(self, layer, q)))
+    table_of = Read._block_table
+    monkeypatch.setattr(Read, "_block_table", lambda self, layer, q: calls.append(table_of(self, layer, q)))
     ask(cache)
     assert calls == [None, None, None]

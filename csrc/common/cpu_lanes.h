@@ -136,8 +136,8 @@ inline Lanes exp_not_positive(Lanes x) {
   result = result * rest + 0.5f;
   result = result * rest + 1.0f;
   result = result * rest + 1.0f;
-  const IntLanes exponent = reinterpret_cast<IntLanes>(shifted) << 23;  // the high bits of kRound fall out
-  const IntLanes one = reinterpret_cast<IntLanes>(broadcast(1.0f));
+  const Words exponent = reinterpret_cast<Words>(shifted) << 23;  // the high bits of kRound fall out
+  const Words one = reinterpret_cast<Words>(broadcast(1.0f));
   return select(x < -87.0f, Lanes{}, result * reinterpret_cast<Lanes>(exponent + one));
 }
 

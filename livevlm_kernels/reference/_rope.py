@@ -15,6 +15,6 @@ def rotate(x: Tensor, positions: Tensor, cos_sin_cache: Tensor) -> Tensor:
     0..max_position - 1 are clamped: refusing them would need a device synchronisation.
     """
     row = positions.clamp(0, cos_sin_cache.shape[0] - 1).long()
-    cos, sin = cos_sin_cache[row].chunk(2, -1)
+    cos, sin = cos_sin_cache[row].float().chunk(2, -1)
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

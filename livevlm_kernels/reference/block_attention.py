@@ -19,6 +19,8 @@ def block_attention(
     cu_seqlens_q: Tensor | None,
     positions: Tensor | None,
     cos_sin_cache: Tensor | None,
+    q_positions: Tensor | None,
+    packed: bool,
     sm_scale: float,
     causal: bool,
     window: int,
@@ -28,7 +30,9 @@ def block_attention(
     total_q, num_qo_heads, _ = q.shape
     batch = block_table.shape[0]
     table = block_table if block_table.dim() == 3 else block_table[:, None].expand(-1, num_kv_heads, -1)
-    grouped = q.view(total_q, num_kv_heads, -1, head_dim)
+    grouped = q.float().unflatten(1, (num_kv_heads, -1))
+    if q_positions is not None and cos_sin_cache is not None:
+        grouped = rotate(grouped, q_positions.view(-1, 1, 1), cos_sin_cache)
     out = torch.zeros((total_q, num_kv_heads, num_qo_heads // num_kv_heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.full(out.shape[:3], -torch.inf, device=q.device)
     token = torch.arange(table.shape[-1] * block_size, device=q.device)  # index of a key in table order
@@ -51,17 +55,18 @@ def block_attention(
             block = table[b, h].clamp(0, num_blocks - 1).long()
             present = (table[b, h] == block)[:, None].expand(-1, block_size)
             keys = k[block, :, h].float().flatten(0, 1)
+            where_from = token
             if positions is not None:
-                position = positions[block]
-                present = present & (position >= 0)
-                if cos_sin_cache is not None:
-                    keys = rotate(keys, position.flatten(), cos_sin_cache)
+                present = present & (positions[block] >= 0)
+                where_from = token if packed else positions[block].flatten()
+            if cos_sin_cache is not None:
+                keys = rotate(keys, where_from, cos_sin_cache)
             visible = present.flatten() & (token < seq_lens[b])
             values = torch.where(visible[:, None], v[block, :, h].flatten(0, 1).float(), 0.0)
             for part in chunks(len(rows), token.numel() * grouped.shape[2]):
                 seen = visible & (token >= start[part, None]) & (token < end[part, None])
                 where = slice(rows.start + part.start, rows.start + part.stop)
-                logits = (grouped[where, h].float() * sm_scale) @ keys.T  # [rows, G, keys], from here on in place
+                logits = (grouped[where, h] * sm_scale) @ keys.T  # [rows, G, keys], from here on in place
                 logits.masked_fill_(~seen[:, None], -torch.inf)
                 top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
                 weights = logits.sub_(top).exp_()

@@ -17,14 +17,14 @@ from livevlm.config import Config
 from livevlm.memory import Memory
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
-from livevlm_kernels import score_tokens
+from livevlm_kernels import block_attention, score_tokens
 
 
 @dataclass
 class Turn:
     """What one question has chosen to look at; lives until its answer ends."""
 
-    slots: dict[int, Tensor]  # layer -> retrieved video slots
+    blocks: dict[int, Tensor]  # layer -> retrieved blocks, counted from `video_start`
     mass: dict[int, tuple[Tensor, Tensor]]  # layer -> (slots, attention of the answer's first token to them)
     want_mass: bool = False
 
@@ -39,38 +39,114 @@ class Read:
         config: Config,
         retrieval: Retrieval,
         where: slice,
+        first_position: int,
         *,
         turn: Turn | None,
         observe: Callable[[int, Tensor], None] | None,
     ) -> None:
         self.memory, self.rope, self.config, self.retrieval = memory, rope, config, retrieval
         self.where = where
+        self.first_position = first_position  # in the stream, of the first token being read
         self.turn, self.observe = turn, observe
         self.num_new = where.stop - where.start
-        self.retrieves = turn is not None and (bool(turn.slots) or retrieval.is_needed(memory))
-        self._shared_angles: tuple[Tensor, Tensor] | None = None
-        self._mask: Tensor | None = None
+        self.retrieves = turn is not None and (bool(turn.blocks) or retrieval.is_needed(memory))
+        self.backend = self._backend()
+        self._shared: dict[str, Tensor] = {}  # what is the same in every layer
+
+    def _backend(self) -> str | None:
+        """Of `block_attention`; None: gather the keys and values and use PyTorch's attention."""
+        chosen, shape = self.config.attention, self.memory.shape
+        if chosen == "auto":
+            return "auto" if shape.device.type == "cuda" and shape.dtype != torch.float32 else None
+        return None if chosen == "sdpa" else chosen
 
     def attend(self, module: nn.Module, query: Tensor, layer: int, scaling: float) -> Tensor:
         """query `[1, num_qo_heads, num_new, head_dim]`, un-rotated -> `[1, num_new, num_qo_heads, head_dim]`."""
-        memory = self.memory
         q = query[0].transpose(0, 1)
         if self.observe is not None:
             self.observe(layer, q)
-        slots = self._slots(layer, q)
-        k, v = memory.k[layer], memory.v[layer]
-        if slots is None:
-            k, v = k[memory.base : memory.end], v[memory.base : memory.end]
-        else:
-            k, v = k.index_select(0, slots), v.index_select(0, slots)
-        angles = self._angles(layer, slots, k)
-        q = Rope.rotate(q, (angles[0][-self.num_new :], angles[1][-self.num_new :]))
-        k = Rope.rotate(k, angles)
-        # The first layer's last query is the same whatever is asked: its token is the chat template's.
-        if self.turn is not None and self.turn.want_mass and layer > 0:
+        table = self._block_table(layer, q)
+        if self.backend is not None:
+            out = self._attend_in_place(layer, q, table, scaling)
+            if self._wants_mass(layer):
+                q, k, _, slots = self._gathered(layer, q[-1:], table)
+                self._record_mass(layer, slots, q, k, scaling)
+            return out[None]
+        q, k, v, slots = self._gathered(layer, q, table)
+        if self._wants_mass(layer):
             self._record_mass(layer, slots, q[-1:], k, scaling)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         return self._attention(module, q, k, v, scaling)
+
+    # ---------------------------------------------------------------- what is attended to
+    @property
+    def _num_slots(self) -> int:
+        """Slots attended to, in the order of the block table; the empty ones before the prompt count."""
+        memory, retrieval = self.memory, self.retrieval
+        left_out = 0
+        if self.retrieves:
+            left_out = retrieval.num_candidates(memory) - retrieval.num_selected(memory)
+        return memory.end - left_out * retrieval.block_size
+
+    def _block_table(self, layer: int, q: Tensor) -> Tensor | None:
+        """Blocks attended to in time order, int32, or None for all of them."""
+        if not self.retrieves:
+            return None
+        assert self.turn is not None
+        memory, retrieval = self.memory, self.retrieval
+        if layer not in self.turn.blocks:
+            self.turn.blocks[layer] = retrieval.select(memory, layer, q)
+        first = memory.video_start // retrieval.block_size
+        rest = self._all_blocks[first + retrieval.num_candidates(memory) :]
+        return torch.cat((self._all_blocks[:first], self.turn.blocks[layer] + first, rest))
+
+    @property
+    def _all_blocks(self) -> Tensor:
+        if "blocks" not in self._shared:
+            memory = self.memory
+            count = -(-memory.end // memory.block_size)
+            self._shared["blocks"] = torch.arange(count, dtype=torch.int32, device=memory.shape.device)
+        return self._shared["blocks"]
+
+    # ---------------------------------------------------------------- in place
+    def _attend_in_place(self, layer: int, q: Tensor, table: Tensor | None, scaling: float) -> Tensor:
+        memory, packed = self.memory, self.config.positions == "packed"
+        shape, count = memory.shape, self._num_slots
+        first = count - self.num_new if packed else self.first_position
+        if "seq_lens" not in self._shared:
+            own = torch.arange(first, first + self.num_new, dtype=torch.int32, device=shape.device)
+            self._shared["q_positions"] = own
+            self._shared["seq_lens"] = torch.full((1,), count, dtype=torch.int32, device=shape.device)
+        out = block_attention(
+            q,
+            memory.blocks(memory.k, layer),
+            memory.blocks(memory.v, layer),
+            (self._all_blocks if table is None else table)[None],
+            self._shared["seq_lens"],
+            positions=memory.blocks(memory.position, layer),
+            cos_sin_cache=self.rope.table(first + self.num_new, shape.dtype, shape.device),
+            q_positions=self._shared["q_positions"],
+            packed=packed,
+            sm_scale=scaling,
+            backend=self.backend or "auto",
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    # ---------------------------------------------------------------- gathered
+    def _gathered(self, layer: int, q: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries (the last ones) and keys, rotated, values, and their slots: None for all in use."""
+        memory, slots = self.memory, None
+        k, v = memory.k[layer], memory.v[layer]
+        if table is None:
+            k, v = k[memory.base : memory.end], v[memory.base : memory.end]
+        else:
+            offset = torch.arange(memory.block_size, device=table.device)
+            slots = (table.long()[:, None] * memory.block_size + offset).flatten()[memory.base : self._num_slots]
+            k, v = k.index_select(0, slots), v.index_select(0, slots)
+        angles = self._angles(layer, slots, k)
+        q = Rope.rotate(q, (angles[0][-q.shape[0] :], angles[1][-q.shape[0] :]))
+        return q, Rope.rotate(k, angles), v, slots
 
     def _attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Causal attention, the queries being the last tokens; `[1, heads, tokens, head_dim]`, rotated."""
@@ -85,35 +161,27 @@ class Read:
         out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, dropout=0.0)
         return out
 
-    def _slots(self, layer: int, q: Tensor) -> Tensor | None:
-        """Slots attended to in time order, or None for all of them."""
-        if not self.retrieves:
-            return None
-        assert self.turn is not None
-        memory, retrieval = self.memory, self.retrieval
-        if layer not in self.turn.slots:
-            self.turn.slots[layer] = retrieval.select(memory, layer, q)
-        tail = memory.video_start + retrieval.num_candidates(memory) * retrieval.block_size
-        prompt = torch.arange(memory.base, memory.video_start, device=q.device)
-        rest = torch.arange(tail, memory.end, device=q.device)
-        return torch.cat((prompt, self.turn.slots[layer], rest))
-
     def _angles(self, layer: int, slots: Tensor | None, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotation of every key read; the last `num_new` rows are the queries' own."""
+        """Rotation of every key read; the last rows are the queries' own."""
         if self.config.positions == "packed":  # the same numbers in every layer
-            if self._shared_angles is None:
-                self._shared_angles = self.rope.angles(torch.arange(k.shape[0], device=k.device), k)
-            return self._shared_angles
+            if "cos" not in self._shared:
+                angles = self.rope.angles(torch.arange(k.shape[0], device=k.device), k)
+                self._shared["cos"], self._shared["sin"] = angles
+            return self._shared["cos"], self._shared["sin"]
         position = self.memory.position[layer]
         chosen = position[self.memory.base : self.memory.end] if slots is None else position.index_select(0, slots)
         return self.rope.angles(chosen, k)
 
     def _causal_mask(self, num_new: int, num_keys: int, device: torch.device) -> Tensor:
         """As transformers builds it, so that the same kernel computes the same bits; one for all layers."""
-        if self._mask is None:
+        if "mask" not in self._shared:
             row = torch.arange(num_keys - num_new, num_keys, device=device)
-            self._mask = (torch.arange(num_keys, device=device) <= row[:, None])[None, None]
-        return self._mask
+            self._shared["mask"] = (torch.arange(num_keys, device=device) <= row[:, None])[None, None]
+        return self._shared["mask"]
+
+    def _wants_mass(self, layer: int) -> bool:
+        # The first layer's last query is the same whatever is asked: its token is the chat template's.
+        return self.turn is not None and self.turn.want_mass and layer > 0
 
     def _record_mass(self, layer: int, slots: Tensor | None, q: Tensor, k: Tensor, scaling: float) -> None:
         """Attention of the last query to every key, the largest over heads: where a head looked something up."""

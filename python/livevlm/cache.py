@@ -22,6 +22,7 @@ from livevlm.models import adapter_for
 from livevlm.policies import QueryWindow, policy_for
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
+from livevlm_kernels import backends
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -85,7 +86,7 @@ class LiveCache(Cache):
 
     Raises:
         ModelError: the model is not supported.
-        ConfigError: the budget does not fit the model.
+        ConfigError: the budget does not fit the model, or `attention` names a backend that is not there.
     """
 
     def __init__(self, model: nn.Module, config: Config | None = None) -> None:
@@ -95,6 +96,12 @@ class LiveCache(Cache):
         if shape.dtype not in FLOATS and self.config.policy != "full":
             allowed = "float32, float16 or bfloat16"
             raise ConfigError(f"policy={self.config.policy!r} needs a model in {allowed}, not {shape.dtype}")
+        here = ("auto", "sdpa", *backends("block_attention", shape.device))
+        if self.config.attention not in here:
+            raise ConfigError(
+                f"attention={self.config.attention!r} cannot run on {shape.device.type}; "
+                f"allowed here: {', '.join(here)}"
+            )
         tokens_per_frame = self.adapter.tokens_per_frame
         self.budget = self.config.budget_tokens(shape.bytes_per_token, tokens_per_frame)
         self.retrieval = Retrieval(self.config, tokens_per_frame)
@@ -132,13 +139,15 @@ class LiveCache(Cache):
             self.begin_question()
         start = self.memory.end
         try:
-            where = self.memory.begin(tokens.shape[1], self.num_stream_tokens + self.memory.num_new_tokens)
+            first_position = self.num_stream_tokens + self.memory.num_new_tokens
+            where = self.memory.begin(tokens.shape[1], first_position)
             self.read = Read(
                 self.memory,
                 self.rope,
                 self.config,
                 self.retrieval,
                 where,
+                first_position,
                 turn=self._turn if is_question else None,
                 observe=None if is_question else self.queries.observe,
             )

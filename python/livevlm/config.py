@@ -13,7 +13,7 @@ from typing import Any, get_args
 from typing_extensions import Self
 
 from livevlm.errors import ConfigError
-from livevlm.types import PolicyName, Pooling, Positions, RetrievalName, Scope
+from livevlm.types import Attention, PolicyName, Pooling, Positions, RetrievalName, Scope
 
 CONFIG_FILE = "livevlm_config.json"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -54,6 +54,9 @@ class Config:
             "softmax": a softmax per query token and head, then the sum (ours).
         positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
             place in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
+        attention: how the memory is read. "auto": on a GPU in place, by the fused kernels of
+            `livevlm_kernels.block_attention`, for 16-bit models; else gathered, through PyTorch's attention ("sdpa").
+            "cuda", "triton", "cpu", "reference": in place, by that backend.
         max_new_tokens: longest answer, 128 (ours).
     """
 
@@ -76,6 +79,7 @@ class Config:
     num_retrieved_frames: int = 64
     pooling: Pooling = "query"
     positions: Positions = "packed"
+    attention: Attention = "auto"
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -86,6 +90,7 @@ class Config:
             "retrieval": get_args(RetrievalName),
             "pooling": get_args(Pooling),
             "positions": get_args(Positions),
+            "attention": get_args(Attention),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

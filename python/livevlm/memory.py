@@ -13,6 +13,7 @@ leaves everything before `video_end` as it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from livevlm_kernels import compact_tokens
 
-GROWTH = 256  # slots are added in multiples of this
+GROWTH = 256  # slots are added in multiples of this, rounded up to whole blocks
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class Memory:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.k, self.v, self.position, self.frame, self.slot, self.time, self.size)
 
+    def blocks(self, tensor: Tensor, layer: int) -> Tensor:
+        """One layer of one of `tensors` as a pool of blocks, `[num_blocks, block_size, ...]`; a view."""
+        return tensor[layer].unflatten(0, (-1, self.block_size))
+
     def video(self, tensor: Tensor) -> Tensor:
         """The part of one of `tensors` that holds video tokens, including a clip that is not committed yet."""
         return tensor[:, self.video_start : self.end]
@@ -109,7 +114,8 @@ class Memory:
     def _allocate(self, num_slots: int) -> None:
         """Makes room for `num_slots` slots and takes the present content over; on an error nothing has changed."""
         shape = self.shape
-        slots = (shape.num_layers, -(-num_slots // GROWTH) * GROWTH)
+        num_blocks = math.ceil(math.ceil(num_slots / GROWTH) * GROWTH / self.block_size)
+        slots = (shape.num_layers, num_blocks * self.block_size)
         kv = (*slots, shape.num_kv_heads, shape.head_dim)
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
             new = (

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from livevlm.config import Config
@@ -47,13 +46,13 @@ class Retrieval:
         return self.config.retrieval != "none" and self.num_selected(memory) < self.num_candidates(memory)
 
     def select(self, memory: Memory, layer: int, q: Tensor) -> Tensor:
-        """Slots of the retrieved blocks of one layer, in time order.
+        """The retrieved blocks of one layer, in time order, counted from `video_start`.
 
         Args:
             q: un-rotated queries of the question, `[num_queries, num_qo_heads, head_dim]`.
 
         Returns:
-            int64 `[num_selected * block_size]`.
+            int32 `[num_selected]`.
         """
         candidates = self.num_candidates(memory)
         if self._summaries is None:
@@ -67,5 +66,4 @@ class Retrieval:
             pooling=self.config.pooling,
             num_selected=self.num_selected(memory),
         )
-        offset = torch.arange(self.block_size, device=table.device)
-        return (memory.video_start + table.long()[:, None] * self.block_size + offset).flatten()
+        return table

@@ -365,6 +365,14 @@ template <typename A, typename B> constexpr std::common_type_t<A, B> max(A a, B 
   return T(a) < T(b) ? T(b) : T(a);
 }
 
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned from = selector >> (4 * i) & 7;
+    result |= ((from < 4 ? x : y) >> (from % 4 * 8) & 0xff) << (8 * i);
+  }
+  return result;
+}
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }

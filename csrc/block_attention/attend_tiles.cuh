@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+// `block_attention` on Hopper, second step: rows of queries times tiles of keys (tile_images.cuh).
+//
+// A thread block has one row tile of a KV head, or one split of the keys that it sees. One thread brings
+// tiles into shared memory, a ring of kStages for keys and another for values. The other warpgroups have 64
+// rows each: logits by a product of queries and keys from shared memory, their exponentials in registers,
+// which are the left operand of the product with the values. While a warpgroup takes the exponentials of a
+// tile, its product with the values of the tile before runs, and the products of the other warpgroups, which
+// start them in turn. Tiles begin at multiples of kKeys whatever the row, and one that a row does not see
+// changes none of its bits: so its result does not depend on the rows that it shares a tile with.
+#pragma once
+
+#include "block_attention/tile_rows.cuh"
+
+namespace livevlm {
+
+#ifdef LIVEVLM_SM90A
+
+template <typename C>
+struct TileBarriers {
+  uint32_t base;
+
+  // All in shared memory, kStages each: the copy engine has filled a place, all warps are done with it.
+  __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + stage * 8; }
+  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return base + (C::kStages + stage) * 8; }
+  __device__ __forceinline__ uint32_t values_full(int stage) const {
+    return base + (2 * C::kStages + stage) * 8;
+  }
+  __device__ __forceinline__ uint32_t values_empty(int stage) const {
+    return base + (3 * C::kStages + stage) * 8;
+  }
+
+  __device__ __forceinline__ void init() const {
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      shared_barrier_init(keys_full(stage), 1);
+      shared_barrier_init(values_full(stage), 1);
+      shared_barrier_init(keys_empty(stage), 4 * C::kGroups);
+      shared_barrier_init(values_empty(stage), 4 * C::kGroups);
+    }
+    shared_barriers_ready();
+  }
+};
+
+// A place in a ring of kStages, and the phase of its barriers.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// By one thread. Keys of a tile come before the values of the one before it: they are needed in this order.
+template <typename C>
+__device__ __forceinline__ void bring_tiles(const TileAttention& p, const TileWork& work, uint32_t memory) {
+  const TileBarriers<C> barriers{memory + C::kBarriersAt};
+  const int64_t index = p.tile_index(work.tile.sequence.index, work.head, work.first_tile);
+  const unsigned char* image = p.images + index * (2 * C::kImageBytes);
+  const uint32_t* present = p.present + index * kPresentWords;
+  const int32_t num_tiles = work.num_tiles;
+  RingPlace<C::kStages> keys, values;
+  for (int32_t i = 0; i <= num_tiles; ++i) {
+    if (i < num_tiles) {
+      shared_barrier_wait(barriers.keys_empty(keys.stage), keys.phase ^ 1);
+      const uint32_t full = barriers.keys_full(keys.stage);
+      shared_barrier_expect(full, C::kImageBytes + C::kPresentBytes);
+      copy_to_shared(memory + C::kKeysAt + keys.stage * C::kImageBytes, image, C::kImageBytes, full);
+      copy_to_shared(memory + C::kPresentAt + keys.stage * C::kPresentBytes, present, C::kPresentBytes, full);
+      keys.next();
+    }
+    if (i > 0) {
+      shared_barrier_wait(barriers.values_empty(values.stage), values.phase ^ 1);
+      const uint32_t full = barriers.values_full(values.stage);
+      shared_barrier_expect(full, C::kImageBytes);
+      copy_to_shared(memory + C::kValuesAt + values.stage * C::kImageBytes, image - C::kImageBytes,
+                     C::kImageBytes, full);
+      values.next();
+    }
+    image += 2 * C::kImageBytes;
+    present += kPresentWords;
+  }
+}
+
+// A warp brings its 16 of the warpgroup's 64 rows, as the image of a tile, rotated if that is still to be
+// done.
+template <typename C>
+__device__ __forceinline__ void bring_queries(const TileAttention& p, const TileWork& work, int group,
+                                              int warp, int lane, unsigned char* image) {
+  using T = typename C::T;
+  constexpr int kPieces = C::kDim / 16;
+  const BlockAttention& op = p.op;
+  const auto size = static_cast<int32_t>(op.group_size);
+#pragma unroll
+  for (int i = 0; i < 16 * kPieces / 32; ++i) {
+    const int item = i * 32 + lane, row = warp * 16 + item / kPieces, piece = item % kPieces;
+    uint4 low = make_uint4(0, 0, 0, 0), high = low;
+    if (group * 64 + row < work.tile.num_rows) {
+      const int32_t number = work.tile.first_row + group * 64 + row, query = number / size;
+      const int64_t token = int64_t{work.tile.sequence.first_query} + query;
+      const int64_t head = int64_t{work.head} * size + (number - query * size);
+      const T* from =
+          static_cast<const T*>(op.q.data) + token * op.q.stride_token + head * op.q.stride_head + piece * 8;
+      low = load_once(reinterpret_cast<const uint4*>(from));
+      high = load_once(reinterpret_cast<const uint4*>(from + C::kDim / 2));
+      if (op.q_positions)
+        rotate_pieces<T, C::kDim>(op, angle_row(op, query_position(op, token)), piece, low, high);
+    }
+    *reinterpret_cast<uint4*>(image + image_offset<64>(row, piece)) = low;
+    *reinterpret_cast<uint4*>(image + image_offset<64>(row, piece + kPieces)) = high;
+  }
+}
+
+template <typename C>
+__device__ __forceinline__ void start_logits(float (&logits)[C::kKeys / 2], uint32_t queries, uint32_t keys) {
+  const uint64_t a = wgmma_descriptor(queries), b = wgmma_descriptor(keys);
+  wgmma_arrive();
+#pragma unroll
+  for (int step = 0; step < C::kDim / 16; ++step) {  // addresses count in 16 bytes
+    wgmma_logits<typename C::T, C::kKeys>(logits, a + step / 4 * (64 * 128 / 16) + step % 4 * 2,
+                                          b + step / 4 * (C::kKeys * 128 / 16) + step % 4 * 2, step > 0);
+  }
+  wgmma_commit();
+}
+
+template <typename C>
+__device__ __forceinline__ void start_values(float (&sums)[C::kDim / 2],
+                                             const uint32_t (&weights)[C::kKeys / 16][4], uint32_t values) {
+  const uint64_t b = transposed_descriptor(values, C::kKeys * 128);
+  wgmma_arrive();
+#pragma unroll
+  for (int step = 0; step < C::kKeys / 16; ++step)
+    wgmma_values<typename C::T, C::kDim>(sums, weights[step], b + step * (16 * 128 / 16));
+  wgmma_commit();
+}
+
+// A warpgroup: its 64 rows times all tiles.
+template <typename C>
+__device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWork& work,
+                                            const TileBarriers<C>& barriers, unsigned char* memory, int group,
+                                            int warp, int lane) {
+  const uint32_t base = shared_address(memory), queries = base + group * C::kQueryBytes;
+  unsigned char* const own = memory + group * C::kQueryBytes;
+  const int own_barrier = 1 + C::kGroups + group;
+  Range* const limits = reinterpret_cast<Range*>(memory + C::kLimitsAt) + group * 64;
+  if (warp < 2) limits[warp * 32 + lane] = work.seen(p.op, group * 64 + warp * 32 + lane);
+  // Tiles within these are seen by all rows of the warpgroup.
+  const int32_t all_from = work.seen(p.op, group * 64 + 63).begin, all_to = work.seen(p.op, group * 64).end;
+  bring_queries<C>(p, work, group, warp, lane, own);
+  wgmma_fence_shared();
+  named_barrier_wait(own_barrier, 128);
+  if (C::kTurns && group == C::kGroups - 1) named_barrier_arrive(1, 256);  // the first warpgroup starts
+
+  TileSums rows;
+  float logits[C::kKeys / 2], sums[C::kDim / 2] = {}, shrink[2];
+  uint32_t weights[C::kKeys / 16][4];
+  RingPlace<C::kStages> keys, values;
+  int32_t first_key = work.first_tile * C::kKeys;
+  const int32_t num_tiles = work.num_tiles;
+
+  const auto present_of = [&](int stage) {
+    return reinterpret_cast<const uint32_t*>(memory + C::kPresentAt + stage * C::kPresentBytes);
+  };
+  // Waits for the keys of a tile; tells whether some row is not to see all of them.
+  const auto keys_masked = [&] {
+    shared_barrier_wait(barriers.keys_full(keys.stage), keys.phase);
+    const bool hidden = present_of(keys.stage)[kSomeHidden] != 0;
+    return hidden || first_key < all_from || first_key + C::kKeys > all_to;
+  };
+  // Once the logits are there: hides keys, lets the copy engine have their place, takes the exponentials.
+  const auto take = [&](bool masked) {
+    wgmma_landed(logits);
+    if (masked) {
+      hide_keys<C::kKeys>(logits, first_key, lane, present_of(keys.stage), limits + warp * 16 + lane / 4);
+      __syncwarp();
+    }
+    if (lane == 0) shared_barrier_arrive(barriers.keys_empty(keys.stage));
+    keys.next();
+    first_key += C::kKeys;
+    rows.take<C::kKeys>(logits, p.scale, shrink);
+  };
+  const auto release_values = [&] {
+    wgmma_landed(sums);
+    if (lane == 0) shared_barrier_arrive(barriers.values_empty(values.stage));
+    values.next();
+  };
+
+  if (num_tiles > 0) {
+    const bool masked = keys_masked();
+    start_logits<C>(logits, queries, base + C::kKeysAt);
+    wgmma_wait<0>();
+    take(masked);
+    to_operands<typename C::T, C::kKeys>(weights, logits);
+  }
+  for (int32_t i = 1; i < num_tiles; ++i) {
+    const bool masked = keys_masked();
+    if (C::kTurns) named_barrier_wait(1 + group, 256);
+    start_logits<C>(logits, queries, base + C::kKeysAt + keys.stage * C::kImageBytes);
+    shared_barrier_wait(barriers.values_full(values.stage), values.phase);
+    start_values<C>(sums, weights, base + C::kValuesAt + values.stage * C::kImageBytes);
+    if (C::kTurns) named_barrier_arrive(1 + (group + 1) % C::kGroups, 256);
+    wgmma_wait<1>();
+    take(masked);
+    compute_before_wait(fminf(rows.sums[0], rows.sums[1]));
+    wgmma_wait<0>();
+    release_values();
+#pragma unroll
+    for (int j = 0; j < C::kDim / 2; ++j) sums[j] *= shrink[j / 2 % 2];
+    wgmma_landed(logits);  // not before: the weights until now were in use
+    to_operands<typename C::T, C::kKeys>(weights, logits);
+  }
+  if (num_tiles > 0) {
+    shared_barrier_wait(barriers.values_full(values.stage), values.phase);
+    start_values<C>(sums, weights, base + C::kValuesAt + values.stage * C::kImageBytes);
+    wgmma_wait<0>();
+    wgmma_landed(sums);
+  }
+  named_barrier_wait(own_barrier, 128);  // all of the warpgroup are done with the queries
+  store_rows<C>(p, work, rows, sums, own, group, warp, lane);
+}
+#endif  // LIVEVLM_SM90A
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    attend_tiles_kernel(const __grid_constant__ TileAttention p) {
+#ifdef LIVEVLM_SM90A
+  LIVEVLM_TILE_MEMORY(memory);
+  // In shared memory: there are no registers for it while products run.
+  TileWork& work = *reinterpret_cast<TileWork*>(memory + C::kWorkAt);
+  {
+    const TileWork found(p, blockIdx.x, C::kKeys);
+    if (!found.exists()) return;
+    if (threadIdx.x == 0) work = found;
+  }
+  const uint32_t base = shared_address(memory);
+  const TileBarriers<C> barriers{base + C::kBarriersAt};
+  if (threadIdx.x == 0) barriers.init();
+  __syncthreads();
+
+  // Through a shuffle, so that the compiler knows that a warp does not diverge over it.
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int group = __shfl_sync(~0u, thread / 128, 0), warp = __shfl_sync(~0u, thread / 32 % 4, 0);
+  if (group == C::kGroups) {
+    shrink_registers<C::kBringing>();
+    if (thread == 128 * C::kGroups) bring_tiles<C>(p, work, base);
+  } else {
+    grow_registers<C::kAttending>();
+    attend_rows<C>(p, work, barriers, memory, group, warp, lane);
+  }
+#endif
+}
+
+}  // namespace livevlm

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host side of the Hopper kernels of `block_attention`.
+#pragma once
+
+#include "block_attention/attend_tiles.cuh"
+#include "common/cuda_launch.cuh"
+
+namespace livevlm {
+
+// Tiles as they were fastest: bench/results.
+template <typename T, int kDim>
+struct BestTiles;
+template <typename T>
+struct BestTiles<T, 128> : TypeTag<TileConfig<T, 128, 128, 2, 2>> {};
+template <typename T>
+struct BestTiles<T, 64> : TypeTag<TileConfig<T, 64, 128, 2, 3>> {};
+
+// Calls body(TypeTag<TileConfig<...>>{}).
+template <typename Body>
+void dispatch_tiles(const BlockAttention& op, Body body) {
+  dispatch_float(op.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (sizeof(T) == 2) {
+      if (op.head_dim == 128) return body(TypeTag<typename BestTiles<T, 128>::type>{});
+      return body(TypeTag<typename BestTiles<T, 64>::type>{});
+    }
+  });
+}
+
+inline bool tiles_fit(const BlockAttention& op) {
+  return op.dtype != DType::kFloat32 && (op.head_dim == 64 || op.head_dim == 128) &&
+         vectorised(op.q, op.head_dim, 2) && vectorised(op.k, op.head_dim, 2) &&
+         vectorised(op.v, op.head_dim, 2) && aligned16(op.out) &&
+         (!op.cos_sin_cache || aligned16(op.cos_sin_cache)) && has_warpgroup_products();
+}
+
+template <typename C>
+int64_t max_tiles(const BlockAttention& op) {
+  return ceil_div(op.max_blocks * op.block_size, C::kKeys);
+}
+
+// Images, then bits. How long sequences are is not known here, only what their tables have room for.
+template <typename C>
+int64_t tiles_bytes(const BlockAttention& op) {
+  return op.batch * op.num_heads * max_tiles<C>(op) * (2 * C::kImageBytes + C::kPresentBytes);
+}
+
+inline int64_t tiles_workspace(const BlockAttention& op) {
+  int64_t bytes = 0;
+  dispatch_tiles(op, [&](auto config) { bytes = tiles_bytes<typename decltype(config)::type>(op); });
+  return bytes;
+}
+
+template <typename C>
+TileAttention tile_attention(AttentionKernel kernel, void* workspace) {
+  const BlockAttention& op = kernel.op;
+  kernel.tile_rows = C::kRows;
+  kernel.by_parts = false;
+  auto* const images = static_cast<unsigned char*>(workspace);
+  const int64_t tiles = op.batch * op.num_heads * max_tiles<C>(op);
+  auto* const present = reinterpret_cast<uint32_t*>(images + tiles * (2 * C::kImageBytes));
+  int64_t items = op.total_q * op.group_size / C::kRows + op.batch * (1 + kernel.most_splits);
+  if (!op.cu_seqlens_q) {
+    const int64_t rows = op.total_q / op.batch * op.group_size;
+    items = op.batch * ceil_div(rows, C::kRows) *
+            std::min<int64_t>(splits_of_rows(kernel, rows), kernel.num_splits);
+  }
+  return {kernel, images, present, static_cast<int32_t>(max_tiles<C>(op)), static_cast<int32_t>(items)};
+}
+
+template <typename C>
+void launch_tile_images(const TileAttention& tiles, cudaStream_t stream) {
+  launch_kernel(tile_images_kernel<typename C::T, C::kDim, C::kKeys>,
+                grid_of(tiles.op.batch * tiles.op.num_heads * tiles.max_tiles), kImageThreads, 0, stream,
+                tiles, "block_attention: tiles of keys");
+}
+
+template <typename C>
+void launch_attend_tiles(const TileAttention& tiles, cudaStream_t stream) {
+  const int64_t blocks = int64_t{tiles.num_items} * tiles.op.num_heads;
+  launch_kernel(attend_tiles_kernel<C>, grid_of(blocks), C::kThreads, C::kSharedBytes, stream, tiles,
+                "block_attention: tiles");
+}
+
+// `workspace`: tiles_workspace() bytes, aligned to 16. Rows of a sequence without splits get their final
+// result, others what combine_splits_kernel needs; rows outside of all sequences get none.
+inline void launch_tiles(const AttentionKernel& kernel, void* workspace, cudaStream_t stream) {
+  dispatch_tiles(kernel.op, [&](auto config) {
+    using C = typename decltype(config)::type;
+    const TileAttention tiles = tile_attention<C>(kernel, workspace);
+    launch_tile_images<C>(tiles, stream);
+    launch_attend_tiles<C>(tiles, stream);
+  });
+}
+
+}  // namespace livevlm

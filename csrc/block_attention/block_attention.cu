@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include "block_attention/attend_fma.cuh"
+#include "block_attention/attend_mma.cuh"
+#include "block_attention/combine_splits.cuh"
+#include "common/cuda_launch.cuh"
+#ifndef LIVEVLM_EMULATED
+#include "block_attention/attend_tiles_launch.cuh"
+#endif
+
+namespace livevlm {
+namespace {
+
+// Whether all pieces of 16 bytes of a pool can be counted in 32 bits: of 64 GiB.
+bool countable(const Tokens& tokens, const BlockAttention& op) {
+  return (op.num_blocks - 1) * tokens.stride_batch + (op.block_size - 1) * tokens.stride_token <
+         int64_t{UINT32_MAX} * 8;
+}
+
+// Keys and values in pieces of 16 bytes, in products of 16-bit floats.
+bool uses_mma(const BlockAttention& op) {
+  return countable(op.k, op) && countable(op.v, op) && op.dtype != DType::kFloat32 &&
+         (op.head_dim == 64 || op.head_dim == 128) && vectorised(op.q, op.head_dim, 2) &&
+         vectorised(op.k, op.head_dim, 2) && vectorised(op.v, op.head_dim, 2) &&
+         (!op.cos_sin_cache || aligned16(op.cos_sin_cache));
+}
+
+// The kernel for many rows. LIVEVLM_ATTENTION=mma in the environment turns it off, so that tests on Hopper
+// reach the other one with many rows, too.
+bool uses_tiles(const BlockAttention& op) {
+#ifdef LIVEVLM_EMULATED
+  static_cast<void>(op);
+  return false;
+#else
+  static const bool allowed = [] {
+    const char* wanted = std::getenv("LIVEVLM_ATTENTION");
+    return !(wanted && std::string_view(wanted) == "mma");
+  }();
+  return allowed && tiles_fit(op);
+#endif
+}
+
+int64_t many_workspace([[maybe_unused]] const BlockAttention& op) {
+#ifdef LIVEVLM_EMULATED
+  return 0;
+#else
+  return tiles_workspace(op);
+#endif
+}
+
+void launch_many([[maybe_unused]] AttentionKernel kernel, [[maybe_unused]] void* workspace,
+                 [[maybe_unused]] cudaStream_t stream) {
+#ifndef LIVEVLM_EMULATED
+  kernel.min_rows = kernel.max_rows + 1, kernel.max_rows = INT32_MAX;
+  launch_tiles(kernel, workspace, stream);
+#endif
+}
+
+// Splits keep a GPU busy with a single sequence: a warp of each of their parts, two thread blocks a
+// multiprocessor. Their number must not follow from the batch, nor from how wide the table is. A power of
+// two: warps combine them in turns.
+int32_t most_splits(const BlockAttention& op) {
+  const int64_t busy = device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
+  int32_t splits = 1;
+  while (splits * 2 <= busy) splits *= 2;
+  return splits;
+}
+
+// Numbers of tiles: see tile_of.
+void plan_tiles(AttentionKernel& kernel) {
+  const BlockAttention& op = kernel.op;
+  int64_t tiles = op.total_q * op.group_size / kernel.tile_rows + op.batch;
+  kernel.tiles_each = 0;
+  if (!op.cu_seqlens_q) {
+    kernel.tiles_each =
+        static_cast<int32_t>(ceil_div(op.total_q / op.batch * op.group_size, kernel.tile_rows));
+    tiles = kernel.tiles_each * op.batch;
+  } else if (op.group_size <= kernel.tile_rows && op.total_q < tiles) {
+    kernel.tiles_each = 1;
+    tiles = op.total_q;
+  }
+  kernel.num_tiles = static_cast<int32_t>(tiles);
+}
+
+// Warps that go through whole splits must keep the GPU busy by themselves: else parts get warps of their own.
+bool needs_parts(const AttentionKernel& kernel) {
+  const int64_t warps = int64_t{kernel.num_tiles} * kernel.op.num_heads * kernel.num_splits;
+  return warps < 6 * device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Sequences with more rows than this go to the kernel for many rows, if there is one for this GPU.
+constexpr int32_t kFewest = 32;
+
+struct Plan {
+  AttentionKernel kernel;  // for few rows
+  bool few, many;          // which kernels may have something to do
+  int64_t found_bytes, bytes;
+};
+
+// How much room what is found takes: numbers of (row, split), for a KV head.
+int64_t plan_found(AttentionKernel& kernel) {
+  const BlockAttention& op = kernel.op;
+  const int64_t rows = op.total_q * op.group_size;
+  if (!op.cu_seqlens_q) {
+    const int64_t each = rows / op.batch;
+    kernel.found_region = each * std::min<int64_t>(splits_of_rows(kernel, each), kernel.num_splits);
+    return op.batch * kernel.found_region;
+  }
+  // Many rows have few splits.
+  const int64_t region = std::max<int64_t>(int64_t{kernel.most_splits} * kManyRows, rows);
+  kernel.found_region = op.batch * region < rows * kernel.num_splits ? region : 0;
+  return std::min(op.batch * region, rows * kernel.num_splits);
+}
+
+Plan plan(const BlockAttention& op, char* workspace) {
+  Plan plan{};
+  AttentionKernel& kernel = plan.kernel;
+  kernel.op = op;
+  kernel.block_size = Divisor(op.block_size);
+  if (uses_mma(op)) {
+    kernel.k_block = static_cast<uint32_t>(op.k.stride_batch / 8);
+    kernel.k_slot = static_cast<uint32_t>(op.k.stride_token / 8);
+    kernel.v_block = static_cast<uint32_t>(op.v.stride_batch / 8);
+    kernel.v_slot = static_cast<uint32_t>(op.v.stride_token / 8);
+  }
+  kernel.scale = op.sm_scale * 1.4426950408889634f;
+  const int64_t rows = op.cu_seqlens_q ? op.total_q * op.group_size : op.total_q / op.batch * op.group_size;
+  plan.many = uses_tiles(op) && rows > kFewest;
+  plan.few = op.cu_seqlens_q || !plan.many;
+  kernel.min_rows = 1, kernel.max_rows = plan.many ? kFewest : INT32_MAX;
+  kernel.tile_rows = uses_mma(op) ? kFewRows : kFmaRows;
+  plan_tiles(kernel);
+  kernel.most_splits = most_splits(op);
+  kernel.num_splits = static_cast<int32_t>(
+      std::min<int64_t>(kernel.most_splits, ceil_div(op.max_blocks * op.block_size, kStepKeys * kParts)));
+  kernel.by_parts = uses_mma(op) && !plan.many && needs_parts(kernel);
+  const int64_t found = plan_found(kernel) * op.num_heads * (kernel.by_parts ? kParts : 1);
+  kernel.found_out = reinterpret_cast<float*>(workspace);
+  const int64_t out_bytes = ceil_div(found * op.head_dim * 4, 16) * 16;
+  kernel.found_sums = reinterpret_cast<float2*>(workspace + out_bytes);
+  plan.found_bytes = ceil_div(out_bytes + found * static_cast<int64_t>(sizeof(float2)), 128) * 128;
+  plan.bytes = plan.found_bytes + (plan.many ? many_workspace(op) : 0);
+  return plan;
+}
+
+template <typename T, int kDim, typename Angle>
+void launch_mma(const AttentionKernel& kernel, cudaStream_t stream) {
+  const int64_t found = kernel.num_splits * (kernel.by_parts ? kParts : 1);
+  const int64_t warps = kernel.num_tiles * kernel.op.num_heads * found;
+  dispatch_bool(kernel.by_parts, [&](auto by_parts) {
+    constexpr bool kByParts = decltype(by_parts)::value;
+    launch_overlapping(attend_mma_kernel<T, kDim, Angle, kByParts>, grid_of(ceil_div(warps, kFewWarps)),
+                       kFewThreads, kFewWarps * kFewWarpBytes<kDim, kByParts>, stream, kernel,
+                       "block_attention");
+  });
+}
+
+template <typename T, int kDim>
+void launch_mma(const AttentionKernel& kernel, cudaStream_t stream) {
+  if (!kernel.op.cos_sin_cache) return launch_mma<T, kDim, NoAngles>(kernel, stream);
+  if (kernel.op.cos_sin_half) return launch_mma<T, kDim, HalfAngles>(kernel, stream);
+  launch_mma<T, kDim, FloatAngles>(kernel, stream);
+}
+
+template <typename T>
+void launch_fma(const AttentionKernel& kernel, cudaStream_t stream) {
+  const BlockAttention& op = kernel.op;
+  const auto shared = static_cast<size_t>(attend_fma_floats(op.head_dim)) * sizeof(float);
+  launch_overlapping(attend_fma_kernel<T>,
+                     grid_of(int64_t{kernel.num_tiles} * op.num_heads * kernel.num_splits),
+                     kFmaAttentionThreads, shared, stream, kernel, "block_attention");
+}
+
+}  // namespace
+
+int64_t block_attention_workspace(const BlockAttention& op) {
+  return plan(op, nullptr).bytes;
+}
+
+void block_attention_cuda(const BlockAttention& op, void* workspace, void* stream) {
+  auto* const memory = static_cast<char*>(workspace);
+  const Plan plan = livevlm::plan(op, memory);
+  const AttentionKernel& kernel = plan.kernel;
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (plan.many) launch_many(kernel, memory + plan.found_bytes, cuda_stream);
+  dispatch_float(op.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (plan.few) {
+      if constexpr (sizeof(T) == 2) {
+        if (uses_mma(op) && op.head_dim == 128) launch_mma<T, 128>(kernel, cuda_stream);
+        if (uses_mma(op) && op.head_dim == 64) launch_mma<T, 64>(kernel, cuda_stream);
+      }
+      if (!uses_mma(op)) launch_fma<T>(kernel, cuda_stream);
+    } else if (splits_of_rows(kernel, op.total_q / op.batch * op.group_size) == 1) {
+      return;  // all rows are finished
+    }
+    dispatch_bool(kernel.by_parts, [&](auto by_parts) {
+      launch_overlapping(combine_splits_kernel<T, decltype(by_parts)::value>,
+                         grid_of(op.total_q * op.num_heads * op.group_size), kCombineThreads, 0, cuda_stream,
+                         kernel, "block_attention: splits");
+    });
+  });
+}
+
+}  // namespace livevlm
