@@ -8,8 +8,10 @@
 // choose, so a thread reads pieces of 16 bytes: of a key the two that hold a rotated pair, of values the
 // dimensions that it will write.
 //
-// A warp does one part of a split, or a whole split, part by part: the result is the same to the last bit,
-// since combine_splits_kernel merges parts just as a warp does.
+// A warp goes through one part of a split, a split or some neighbouring ones, part by part: the result is the
+// same to the last bit, since all merge the parts of a split one after the other, then the splits, as
+// combine_splits_kernel does. So a single sequence keeps the GPU busy, and many do not have it merge more
+// than it reads.
 #pragma once
 
 #include "block_attention/key_ring.cuh"
@@ -17,12 +19,16 @@
 
 namespace livevlm {
 
-inline constexpr int kFewRows = 8, kFewThreads = 128, kFewWarps = kFewThreads / 32;
+inline constexpr int kFewRows = 8;
 
-// Of a warp: its ring, and what it found in the parts before.
-template <int kDim, bool kByParts>
+// What a warp goes through. Warps of the parts of a split are a thread block, which merges what they find.
+enum class WarpWork { kPart, kSplit, kSplits };
+template <WarpWork kWork>
+inline constexpr int kFewWarps = kWork == WarpWork::kPart ? kParts : 4;
+// Of a warp: its ring, and what it found in the parts before, and in the splits before.
+template <int kDim, WarpWork kWork>
 inline constexpr int kFewWarpBytes =
-    KeyRing<__half, kDim>::kBytes + (kByParts ? 0 : RowSums<__half, kDim>::kKept * 32 * 4);
+    KeyRing<__half, kDim>::kBytes + static_cast<int>(kWork) * RowSums<__half, kDim>::kKept * 32 * 4;
 
 // Query lane / 4 of the tile, in pieces as those of keys, rotated if q_positions says where; rows past the
 // end are zeros.
@@ -82,36 +88,74 @@ struct StepAngles<T, kDim, NoAngles> {
   __device__ __forceinline__ void rotate(int, uint4 (&)[kDim / 32], uint32_t&) {}
 };
 
-template <typename T, int kDim, typename Angle, bool kByParts>
-__global__ void __launch_bounds__(kFewThreads, 2)
+// Merges what the warps of a thread block found in the parts of a split; a warp does some of the dimensions.
+template <typename T, int kDim>
+__device__ __forceinline__ void merge_parts(const AttentionKernel& p, const RowTile& tile, int64_t head,
+                                            int32_t split, const char* memory) {
+  using Sums = RowSums<T, kDim>;
+  constexpr int kOuts = Sums::kHalves * 16;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  for (int first = warp * 4; first < kOuts; first += kParts * 4) {
+    float top[2] = {kNoTop, kNoTop}, sum[2] = {}, out[4] = {};
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const float* kept =
+          reinterpret_cast<const float*>(memory + part * kFewWarpBytes<kDim, WarpWork::kPart>) + lane;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const MergeFactors factors(top[j], kept[(kOuts + j) * 32]);
+        top[j] = factors.top;
+        sum[j] = factors.merged(sum[j], kept[(kOuts + 2 + j) * 32]);
+        out[j] = factors.merged(out[j], kept[(first + j) * 32]);
+        out[j + 2] = factors.merged(out[j + 2], kept[(first + j + 2) * 32]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int32_t row = lane % 4 * 2 + j;
+      if (row >= tile.num_rows) continue;
+      const int64_t at = found_at(p, tile.sequence, head, tile.first_row + row, split);
+      float* const target = p.found_out + at * kDim + first / 16 * 64 + lane / 4 * 8 + first / 4 % 4 * 2;
+      *reinterpret_cast<float2*>(target) = make_float2(out[j], out[j + 2]);
+      if (first == 0 && lane < 4) p.found_sums[at] = make_float2(top[j], sum[j]);
+    }
+  }
+}
+
+template <typename T, int kDim, typename Angle, WarpWork kWork>
+__global__ void __launch_bounds__(32 * kFewWarps<kWork>, kWork == WarpWork::kPart ? 1 : 2)
     attend_mma_kernel(const __grid_constant__ AttentionKernel p) {
+  constexpr bool kPart = kWork == WarpWork::kPart, kMany = kWork == WarpWork::kSplits;
+  constexpr int kWarps = kFewWarps<kWork>;
   LIVEVLM_DYNAMIC_SHARED(char, memory);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0),
             lane = static_cast<int>(threadIdx.x) % 32;
   let_next_kernel_start();
   wait_for_previous_kernels();
 
-  const auto heads = static_cast<uint32_t>(p.op.num_heads),
-             each = static_cast<uint32_t>(p.num_splits * (kByParts ? kParts : 1));
-  const uint32_t item = blockIdx.x * kFewWarps + static_cast<uint32_t>(warp), unit = item / heads;
+  const auto heads = static_cast<uint32_t>(p.op.num_heads), each = static_cast<uint32_t>(p.num_found);
+  const uint32_t item = kPart ? blockIdx.x : blockIdx.x * kWarps + static_cast<uint32_t>(warp);
+  const uint32_t unit = item / heads;
   const int64_t head = item - unit * heads;
   const auto number = static_cast<int32_t>(unit / each), found = static_cast<int32_t>(unit - number * each);
   if (number >= p.num_tiles) return;
   const RowTile tile = tile_of(p, number);
   if (tile.num_rows <= 0) return;
   // Parts that hold keys of the tile.
+  constexpr int kPartsEach = kMany ? kTogether * kParts : kParts;
   const int2 cut = tile.sequence.cut(p);
   const Range wanted = tile.sequence.parts_of(p, tile.keys);
-  const int32_t first_part = max(wanted.begin, kByParts ? found : found * kParts);
-  const int32_t end_part = min(wanted.end, kByParts ? found + 1 : (found + 1) * kParts);
-  if (first_part >= end_part) return;
-  const int32_t end = min(tile.keys.end, cut.x + end_part * cut.y);
-  int32_t key = cut.x + first_part * cut.y;
+  Range parts{max(wanted.begin, found * kPartsEach), min(wanted.end, (found + 1) * kPartsEach)};
+  if (parts.begin >= parts.end) return;
+  if constexpr (kPart) parts = {found * kParts + warp, found * kParts + warp + 1};
+  const int32_t end = min(tile.keys.end, cut.x + parts.end * cut.y);
+  int32_t key = max(cut.x + parts.begin * cut.y, kPart ? cut.x + wanted.begin * cut.y : 0);
 
   using Ring = KeyRing<T, kDim>;
-  char* const own = memory + warp * kFewWarpBytes<kDim, kByParts>;
+  char* const own = memory + warp * kFewWarpBytes<kDim, kWork>;
   Ring ring(p, tile, head, end, own);
-  [[maybe_unused]] float* const kept = reinterpret_cast<float*>(own + Ring::kBytes);
+  float* const kept = reinterpret_cast<float*>(own + (kPart ? 0 : Ring::kBytes));
+  [[maybe_unused]] float* const kept_splits = kept + RowSums<T, kDim>::kKept * 32;
   StepAngles<T, kDim, Angle> angles;
   ring.look_up(key);
   ring.bring(0);
@@ -130,8 +174,9 @@ __global__ void __launch_bounds__(kFewThreads, 2)
   const int32_t all_from = max(seen[0].begin, seen[1].begin), all_to = min(seen[0].end, seen[1].end);
 
   RowSums<T, kDim> part;
-  if constexpr (!kByParts) part.keep(kept);  // that is, nothing
-  [[maybe_unused]] int32_t part_end = key + cut.y;
+  if constexpr (!kPart) part.keep(kept);  // that is, nothing
+  if constexpr (kMany) part.keep(kept_splits);
+  [[maybe_unused]] int32_t number_of_part = parts.begin, part_end = key + cut.y;
 #pragma unroll 1
   for (int step = 0; key < end; step ^= 1) {
     cp_async_wait<0>();
@@ -158,17 +203,33 @@ __global__ void __launch_bounds__(kFewThreads, 2)
     angles.load(p.op, next);  // not before: there are no registers for them
 
     key += kStepKeys;
-    if (!kByParts && (key == part_end || key >= end)) {
-      part.add_lanes();
-      part.merge_with(kept);
+    if (kPart || (key != part_end && key < end)) continue;
+    part.add_lanes();
+    part.merge_with(kept);
+    ++number_of_part;
+    if (kMany && (number_of_part % kParts == 0 || key >= end)) {
+      part.merge_with(kept_splits);
+      part.keep(kept_splits);
+      if (key >= end) break;
+      part = RowSums<T, kDim>();
+      part.keep(kept);
+    } else {
       if (key >= end) break;
       part.keep(kept);
       part = RowSums<T, kDim>();
-      part_end += cut.y;
     }
+    part_end += cut.y;
   }
-  if constexpr (kByParts) part.add_lanes();
-  part.write(p, tile, head, found);
+  if constexpr (kPart) {
+    part.add_lanes();
+    cp_async_wait<0>();
+    __syncwarp();  // the ring is done with
+    part.keep(kept);
+    __syncthreads();
+    merge_parts<T, kDim>(p, tile, head, found, memory);
+  } else {
+    part.write(p, tile, head, found);
+  }
 }
 
 }  // namespace livevlm

@@ -10,47 +10,11 @@
 // changes none of its bits: so its result does not depend on the rows that it shares a tile with.
 #pragma once
 
-#include "block_attention/tile_rows.cuh"
+#include "block_attention/gather_tiles.cuh"
 
 namespace livevlm {
 
 #ifdef LIVEVLM_SM90A
-
-template <typename C>
-struct TileBarriers {
-  uint32_t base;
-
-  // All in shared memory, kStages each: the copy engine has filled a place, all warps are done with it.
-  __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + stage * 8; }
-  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return base + (C::kStages + stage) * 8; }
-  __device__ __forceinline__ uint32_t values_full(int stage) const {
-    return base + (2 * C::kStages + stage) * 8;
-  }
-  __device__ __forceinline__ uint32_t values_empty(int stage) const {
-    return base + (3 * C::kStages + stage) * 8;
-  }
-
-  __device__ __forceinline__ void init() const {
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      shared_barrier_init(keys_full(stage), 1);
-      shared_barrier_init(values_full(stage), 1);
-      shared_barrier_init(keys_empty(stage), 4 * C::kGroups);
-      shared_barrier_init(values_empty(stage), 4 * C::kGroups);
-    }
-    shared_barriers_ready();
-  }
-};
-
-// A place in a ring of kStages, and the phase of its barriers.
-template <int kStages>
-struct RingPlace {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
 
 // By one thread. Keys of a tile come before the values of the one before it: they are needed in this order.
 template <typename C>
@@ -165,7 +129,8 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
   // Waits for the keys of a tile; tells whether some row is not to see all of them.
   const auto keys_masked = [&] {
     shared_barrier_wait(barriers.keys_full(keys.stage), keys.phase);
-    const bool hidden = present_of(keys.stage)[kSomeHidden] != 0;
+    const uint32_t* const present = present_of(keys.stage);
+    const bool hidden = C::kGathers ? (present[0] & present[1]) != ~0u : present[kSomeHidden] != 0;
     return hidden || first_key < all_from || first_key + C::kKeys > all_to;
   };
   // Once the logits are there: hides keys, lets the copy engine have their place, takes the exponentials.
@@ -179,6 +144,10 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
     keys.next();
     first_key += C::kKeys;
     rows.take<C::kKeys>(logits, p.scale, shrink);
+  };
+  const auto values_there = [&] {
+    shared_barrier_wait(barriers.values_full(values.stage), values.phase);
+    if (C::kGathers) wgmma_fence_shared();  // none by those who copied them: they did not wait for them
   };
   const auto release_values = [&] {
     wgmma_landed(sums);
@@ -197,7 +166,7 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
     const bool masked = keys_masked();
     if (C::kTurns) named_barrier_wait(1 + group, 256);
     start_logits<C>(logits, queries, base + C::kKeysAt + keys.stage * C::kImageBytes);
-    shared_barrier_wait(barriers.values_full(values.stage), values.phase);
+    values_there();
     start_values<C>(sums, weights, base + C::kValuesAt + values.stage * C::kImageBytes);
     if (C::kTurns) named_barrier_arrive(1 + (group + 1) % C::kGroups, 256);
     wgmma_wait<1>();
@@ -211,7 +180,7 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
     to_operands<typename C::T, C::kKeys>(weights, logits);
   }
   if (num_tiles > 0) {
-    shared_barrier_wait(barriers.values_full(values.stage), values.phase);
+    values_there();
     start_values<C>(sums, weights, base + C::kValuesAt + values.stage * C::kImageBytes);
     wgmma_wait<0>();
     wgmma_landed(sums);
@@ -226,6 +195,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     attend_tiles_kernel(const __grid_constant__ TileAttention p) {
 #ifdef LIVEVLM_SM90A
   LIVEVLM_TILE_MEMORY(memory);
+  if constexpr (C::kGathers) {
+    let_next_kernel_start();
+    wait_for_previous_kernels();
+  }
   // In shared memory: there are no registers for it while products run.
   TileWork& work = *reinterpret_cast<TileWork*>(memory + C::kWorkAt);
   {
@@ -241,7 +214,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // Through a shuffle, so that the compiler knows that a warp does not diverge over it.
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int group = __shfl_sync(~0u, thread / 128, 0), warp = __shfl_sync(~0u, thread / 32 % 4, 0);
-  if (group == C::kGroups) {
+  if constexpr (C::kGathers) {
+    if (group == C::kGroups) {
+      gather_tiles<C>(p, work, barriers, memory, warp, lane);
+    } else {
+      attend_rows<C>(p, work, barriers, memory, group, warp, lane);
+    }
+  } else if (group == C::kGroups) {
     shrink_registers<C::kBringing>();
     if (thread == 128 * C::kGroups) bring_tiles<C>(p, work, base);
   } else {

@@ -15,16 +15,35 @@ struct BestTiles<T, 128> : TypeTag<TileConfig<T, 128, 128, 2, 2>> {};
 template <typename T>
 struct BestTiles<T, 64> : TypeTag<TileConfig<T, 64, 128, 2, 3>> {};
 
+// Those that a block gathers itself.
+template <typename T, int kDim>
+using GatheredTiles = TileConfig<T, kDim, 64, 2, 6, false, true>;
+
 // Calls body(TypeTag<TileConfig<...>>{}).
-template <typename Body>
+template <bool kGather, typename Body>
 void dispatch_tiles(const BlockAttention& op, Body body) {
   dispatch_float(op.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2 && kGather) {
+      if (op.head_dim == 128) return body(TypeTag<GatheredTiles<T, 128>>{});
+      return body(TypeTag<GatheredTiles<T, 64>>{});
+    } else if constexpr (sizeof(T) == 2) {
       if (op.head_dim == 128) return body(TypeTag<typename BestTiles<T, 128>::type>{});
       return body(TypeTag<typename BestTiles<T, 64>::type>{});
     }
   });
+}
+
+// Sequences with at most so many rows have splits, and their blocks gather tiles; others share images. So the
+// choice follows from the sequence alone.
+inline int32_t gathered_rows(const AttentionKernel& kernel) {
+  return kernel.most_splits / 2 * kManyRows;
+}
+
+// Whether a sequence may have more.
+inline bool may_need_images(const AttentionKernel& kernel) {
+  const BlockAttention& op = kernel.op;
+  return (op.cu_seqlens_q ? op.total_q : op.total_q / op.batch) * op.group_size > gathered_rows(kernel);
 }
 
 inline bool tiles_fit(const BlockAttention& op) {
@@ -45,9 +64,11 @@ int64_t tiles_bytes(const BlockAttention& op) {
   return op.batch * op.num_heads * max_tiles<C>(op) * (2 * C::kImageBytes + C::kPresentBytes);
 }
 
-inline int64_t tiles_workspace(const BlockAttention& op) {
+inline int64_t tiles_workspace(const AttentionKernel& kernel) {
   int64_t bytes = 0;
-  dispatch_tiles(op, [&](auto config) { bytes = tiles_bytes<typename decltype(config)::type>(op); });
+  if (!may_need_images(kernel)) return bytes;
+  dispatch_tiles<false>(
+      kernel.op, [&](auto config) { bytes = tiles_bytes<typename decltype(config)::type>(kernel.op); });
   return bytes;
 }
 
@@ -55,7 +76,6 @@ template <typename C>
 TileAttention tile_attention(AttentionKernel kernel, void* workspace) {
   const BlockAttention& op = kernel.op;
   kernel.tile_rows = C::kRows;
-  kernel.by_parts = false;
   auto* const images = static_cast<unsigned char*>(workspace);
   const int64_t tiles = op.batch * op.num_heads * max_tiles<C>(op);
   auto* const present = reinterpret_cast<uint32_t*>(images + tiles * (2 * C::kImageBytes));
@@ -78,18 +98,30 @@ void launch_tile_images(const TileAttention& tiles, cudaStream_t stream) {
 template <typename C>
 void launch_attend_tiles(const TileAttention& tiles, cudaStream_t stream) {
   const int64_t blocks = int64_t{tiles.num_items} * tiles.op.num_heads;
-  launch_kernel(attend_tiles_kernel<C>, grid_of(blocks), C::kThreads, C::kSharedBytes, stream, tiles,
-                "block_attention: tiles");
+  constexpr auto launch = C::kGathers ? launch_overlapping<TileAttention> : launch_kernel<TileAttention>;
+  launch(attend_tiles_kernel<C>, grid_of(blocks), C::kThreads, C::kSharedBytes, stream, tiles,
+         "block_attention: tiles");
 }
 
 // `workspace`: tiles_workspace() bytes, aligned to 16. Rows of a sequence without splits get their final
 // result, others what combine_splits_kernel needs; rows outside of all sequences get none.
-inline void launch_tiles(const AttentionKernel& kernel, void* workspace, cudaStream_t stream) {
-  dispatch_tiles(kernel.op, [&](auto config) {
+inline void launch_tiles(AttentionKernel kernel, void* workspace, cudaStream_t stream) {
+  const int32_t gathered = gathered_rows(kernel), fewest = kernel.min_rows;
+  if (may_need_images(kernel)) {
+    kernel.min_rows = std::max(fewest, gathered + 1);
+    dispatch_tiles<false>(kernel.op, [&](auto config) {
+      using C = typename decltype(config)::type;
+      const TileAttention tiles = tile_attention<C>(kernel, workspace);
+      launch_tile_images<C>(tiles, stream);
+      launch_attend_tiles<C>(tiles, stream);
+    });
+    if (!kernel.op.cu_seqlens_q) return;
+  }
+  if (gathered < fewest) return;
+  kernel.min_rows = fewest, kernel.max_rows = gathered;
+  dispatch_tiles<true>(kernel.op, [&](auto config) {
     using C = typename decltype(config)::type;
-    const TileAttention tiles = tile_attention<C>(kernel, workspace);
-    launch_tile_images<C>(tiles, stream);
-    launch_attend_tiles<C>(tiles, stream);
+    launch_attend_tiles<C>(tile_attention<C>(kernel, nullptr), stream);
   });
 }
 

@@ -39,15 +39,15 @@ bool uses_tiles(const BlockAttention& op) {
     const char* wanted = std::getenv("LIVEVLM_ATTENTION");
     return !(wanted && std::string_view(wanted) == "mma");
   }();
-  return allowed && tiles_fit(op);
+  return allowed && uses_mma(op) && tiles_fit(op);
 #endif
 }
 
-int64_t many_workspace([[maybe_unused]] const BlockAttention& op) {
+int64_t many_workspace([[maybe_unused]] const AttentionKernel& kernel) {
 #ifdef LIVEVLM_EMULATED
   return 0;
 #else
-  return tiles_workspace(op);
+  return tiles_workspace(kernel);
 #endif
 }
 
@@ -59,11 +59,11 @@ void launch_many([[maybe_unused]] AttentionKernel kernel, [[maybe_unused]] void*
 #endif
 }
 
-// Splits keep a GPU busy with a single sequence: a warp of each of their parts, two thread blocks a
+// Splits keep a GPU busy with a single sequence: a warp for each of their parts, two thread blocks a
 // multiprocessor. Their number must not follow from the batch, nor from how wide the table is. A power of
 // two: warps combine them in turns.
 int32_t most_splits(const BlockAttention& op) {
-  const int64_t busy = device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
+  const int64_t busy = 2 * device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
   int32_t splits = 1;
   while (splits * 2 <= busy) splits *= 2;
   return splits;
@@ -85,18 +85,30 @@ void plan_tiles(AttentionKernel& kernel) {
   kernel.num_tiles = static_cast<int32_t>(tiles);
 }
 
-// Warps that go through whole splits must keep the GPU busy by themselves: else parts get warps of their own.
-bool needs_parts(const AttentionKernel& kernel) {
-  const int64_t warps = int64_t{kernel.num_tiles} * kernel.op.num_heads * kernel.num_splits;
-  return warps < 6 * device_attribute(cudaDevAttrMultiProcessorCount);
+// How full so many warps keep the GPU, from start to end.
+double fullness(int64_t warps, int64_t multiprocessors) {
+  const int64_t blocks = ceil_div(warps, 4), at_once = 2 * multiprocessors;
+  return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, at_once) * at_once);
 }
 
-// Sequences with more rows than this go to the kernel for many rows, if there is one for this GPU.
-constexpr int32_t kFewest = 32;
+// What keeps the GPU busy, if sequences are as long as their tables: see WarpWork.
+WarpWork warp_work(const AttentionKernel& kernel) {
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t steps = ceil_div(kernel.op.max_blocks * kernel.op.block_size, kStepKeys);
+  const int64_t each = ceil_div(steps, int64_t{kernel.most_splits} * kParts);  // of a part
+  const int64_t splits = ceil_div(steps, each * kParts), tiles = kernel.num_tiles * kernel.op.num_heads;
+  if (tiles * splits < 3 * multiprocessors) return WarpWork::kPart;
+  constexpr int kBytes = kFewWarps<WarpWork::kSplits> * kFewWarpBytes<128, WarpWork::kSplits>;
+  if (kBytes > max_shared_bytes()) return WarpWork::kSplit;
+  const double many = fullness(tiles * ceil_div(splits, kTogether), multiprocessors);
+  return many > 0.9 || many > fullness(tiles * splits, multiprocessors) ? WarpWork::kSplits
+                                                                        : WarpWork::kSplit;
+}
 
 struct Plan {
   AttentionKernel kernel;  // for few rows
   bool few, many;          // which kernels may have something to do
+  WarpWork work;
   int64_t found_bytes, bytes;
 };
 
@@ -106,13 +118,14 @@ int64_t plan_found(AttentionKernel& kernel) {
   const int64_t rows = op.total_q * op.group_size;
   if (!op.cu_seqlens_q) {
     const int64_t each = rows / op.batch;
-    kernel.found_region = each * std::min<int64_t>(splits_of_rows(kernel, each), kernel.num_splits);
+    kernel.found_region =
+        each * ceil_div(std::min<int64_t>(splits_of_rows(kernel, each), kernel.num_splits), kernel.together);
     return op.batch * kernel.found_region;
   }
   // Many rows have few splits.
   const int64_t region = std::max<int64_t>(int64_t{kernel.most_splits} * kManyRows, rows);
-  kernel.found_region = op.batch * region < rows * kernel.num_splits ? region : 0;
-  return std::min(op.batch * region, rows * kernel.num_splits);
+  kernel.found_region = op.batch * region < rows * kernel.num_found ? region : 0;
+  return std::min(op.batch * region, rows * kernel.num_found);
 }
 
 Plan plan(const BlockAttention& op, char* workspace) {
@@ -136,33 +149,46 @@ Plan plan(const BlockAttention& op, char* workspace) {
   kernel.most_splits = most_splits(op);
   kernel.num_splits = static_cast<int32_t>(
       std::min<int64_t>(kernel.most_splits, ceil_div(op.max_blocks * op.block_size, kStepKeys * kParts)));
-  kernel.by_parts = uses_mma(op) && !plan.many && needs_parts(kernel);
-  const int64_t found = plan_found(kernel) * op.num_heads * (kernel.by_parts ? kParts : 1);
+  plan.work = warp_work(kernel);
+  // Kernels for other rows write what they find split by split.
+  if (plan.many && plan.work == WarpWork::kSplits) plan.work = WarpWork::kSplit;
+  kernel.together = uses_mma(op) && plan.work == WarpWork::kSplits ? kTogether : 1;
+  kernel.num_found = static_cast<int32_t>(ceil_div(kernel.num_splits, kernel.together));
+  const int64_t found = plan_found(kernel) * op.num_heads;
   kernel.found_out = reinterpret_cast<float*>(workspace);
   const int64_t out_bytes = ceil_div(found * op.head_dim * 4, 16) * 16;
   kernel.found_sums = reinterpret_cast<float2*>(workspace + out_bytes);
   plan.found_bytes = ceil_div(out_bytes + found * static_cast<int64_t>(sizeof(float2)), 128) * 128;
-  plan.bytes = plan.found_bytes + (plan.many ? many_workspace(op) : 0);
+  plan.bytes = plan.found_bytes + (plan.many ? many_workspace(kernel) : 0);
   return plan;
 }
 
-template <typename T, int kDim, typename Angle>
+template <typename T, int kDim, typename Angle, WarpWork kWork>
 void launch_mma(const AttentionKernel& kernel, cudaStream_t stream) {
-  const int64_t found = kernel.num_splits * (kernel.by_parts ? kParts : 1);
-  const int64_t warps = kernel.num_tiles * kernel.op.num_heads * found;
-  dispatch_bool(kernel.by_parts, [&](auto by_parts) {
-    constexpr bool kByParts = decltype(by_parts)::value;
-    launch_overlapping(attend_mma_kernel<T, kDim, Angle, kByParts>, grid_of(ceil_div(warps, kFewWarps)),
-                       kFewThreads, kFewWarps * kFewWarpBytes<kDim, kByParts>, stream, kernel,
-                       "block_attention");
-  });
+  constexpr int kWarps = kFewWarps<kWork>,
+                kItems = kWork == WarpWork::kPart ? 1 : kWarps;  // of a thread block
+  const int64_t items = int64_t{kernel.num_tiles} * kernel.op.num_heads * kernel.num_found;
+  launch_overlapping(attend_mma_kernel<T, kDim, Angle, kWork>, grid_of(ceil_div(items, kItems)), 32 * kWarps,
+                     kWarps * kFewWarpBytes<kDim, kWork>, stream, kernel, "block_attention");
+}
+
+template <typename T, int kDim, typename Angle>
+void launch_mma(const Plan& plan, cudaStream_t stream) {
+  switch (plan.work) {
+    case WarpWork::kPart:
+      return launch_mma<T, kDim, Angle, WarpWork::kPart>(plan.kernel, stream);
+    case WarpWork::kSplit:
+      return launch_mma<T, kDim, Angle, WarpWork::kSplit>(plan.kernel, stream);
+    case WarpWork::kSplits:
+      return launch_mma<T, kDim, Angle, WarpWork::kSplits>(plan.kernel, stream);
+  }
 }
 
 template <typename T, int kDim>
-void launch_mma(const AttentionKernel& kernel, cudaStream_t stream) {
-  if (!kernel.op.cos_sin_cache) return launch_mma<T, kDim, NoAngles>(kernel, stream);
-  if (kernel.op.cos_sin_half) return launch_mma<T, kDim, HalfAngles>(kernel, stream);
-  launch_mma<T, kDim, FloatAngles>(kernel, stream);
+void launch_mma(const Plan& plan, cudaStream_t stream) {
+  if (!plan.kernel.op.cos_sin_cache) return launch_mma<T, kDim, NoAngles>(plan, stream);
+  if (plan.kernel.op.cos_sin_half) return launch_mma<T, kDim, HalfAngles>(plan, stream);
+  launch_mma<T, kDim, FloatAngles>(plan, stream);
 }
 
 template <typename T>
@@ -190,18 +216,17 @@ void block_attention_cuda(const BlockAttention& op, void* workspace, void* strea
     using T = typename decltype(type)::type;
     if (plan.few) {
       if constexpr (sizeof(T) == 2) {
-        if (uses_mma(op) && op.head_dim == 128) launch_mma<T, 128>(kernel, cuda_stream);
-        if (uses_mma(op) && op.head_dim == 64) launch_mma<T, 64>(kernel, cuda_stream);
+        if (uses_mma(op) && op.head_dim == 128) launch_mma<T, 128>(plan, cuda_stream);
+        if (uses_mma(op) && op.head_dim == 64) launch_mma<T, 64>(plan, cuda_stream);
       }
       if (!uses_mma(op)) launch_fma<T>(kernel, cuda_stream);
     } else if (splits_of_rows(kernel, op.total_q / op.batch * op.group_size) == 1) {
       return;  // all rows are finished
     }
-    dispatch_bool(kernel.by_parts, [&](auto by_parts) {
-      launch_overlapping(combine_splits_kernel<T, decltype(by_parts)::value>,
-                         grid_of(op.total_q * op.num_heads * op.group_size), kCombineThreads, 0, cuda_stream,
-                         kernel, "block_attention: splits");
-    });
+    const auto combine =
+        kernel.together == 1 ? combine_splits_kernel<T, kTogether> : combine_splits_kernel<T, 1>;
+    launch_overlapping(combine, grid_of(op.total_q * op.num_heads * op.group_size), kCombineThreads, 0,
+                       cuda_stream, kernel, "block_attention: splits");
   });
 }
 

@@ -40,22 +40,28 @@ struct AttentionKernel {
   int32_t tiles_each;   // of a sequence; with cu_seqlens_q: 1 if it has at most one for each query, else 0
   int32_t most_splits;  // that a sequence is cut into
   int32_t num_splits;   // of these, as many as can have keys
-  bool by_parts;        // the parts of a split are worked on at the same time, too
+  int32_t together;     // neighbouring splits that are merged where they are found: 1 or kTogether
+  int32_t num_found;    // of a sequence: num_splits / together, rounded up
   uint32_t k_block, k_slot, v_block, v_slot;  // strides in pieces of 16 bytes, if keys and values have such
   int64_t found_region;                       // see found_at()
   float* found_out;                           // [head_dim] each, relative to the top
   float2* found_sums;                         // top, sum of exponentials relative to it
 };
 
-// Keys of a step of a warp, and parts of a split: what is found in these is merged one after the other.
-inline constexpr int kStepKeys = 16, kParts = 8;
+// Keys of a step of a warp, and parts of a split: what is found in these is merged one after the other, and
+// then that of kTogether neighbouring splits.
+inline constexpr int kStepKeys = 16, kParts = 4, kTogether = 8;
 
 // Rows of a KV head that keep a thread block busy.
 inline constexpr int kManyRows = 128;
 
+// Sequences with more rows than this go to the kernel for many rows, if there is one for this GPU.
+inline constexpr int32_t kFewest = 32;
+
 // Splits of a sequence: many rows need few of them to keep a GPU busy.
 __host__ __device__ inline int64_t splits_of_rows(const AttentionKernel& p, int64_t rows) {
-  const int64_t tiles = rows > kManyRows ? (rows + kManyRows - 1) / kManyRows : 1;
+  if (rows <= kFewest) return p.most_splits;
+  const int64_t tiles = (rows + kManyRows - 1) / kManyRows * 2;
   return p.most_splits > tiles ? p.most_splits / tiles : 1;
 }
 
@@ -172,15 +178,14 @@ __device__ __forceinline__ int32_t last_at_most(const BlockAttention& op, int32_
   return low;
 }
 
-// Number of what is found for row `row` of a sequence in its split or part `found`. Without found_region the
-// sequences' places follow from how many queries are before them, else each has a region.
+// Number of what is found for row `row` of a sequence in its splits `found` * together and on. Without
+// found_region the sequences' places follow from how many queries are before them, else each has a region.
 __device__ __forceinline__ int64_t found_at(const AttentionKernel& p, const Sequence& sequence, int64_t head,
                                             int32_t row, int32_t found) {
-  const int64_t parts = p.by_parts ? kParts : 1;
-  const int64_t start = p.found_region ? sequence.index * p.found_region
-                                       : sequence.first_query * p.op.group_size * p.num_splits;
-  const int64_t each = min(sequence.most_splits(p), p.num_splits) * parts;
-  return (start * parts + row * each + found) * p.op.num_heads + head;
+  const int64_t start =
+      p.found_region ? sequence.index * p.found_region : sequence.first_query * p.op.group_size * p.num_found;
+  const int64_t splits = min(sequence.most_splits(p), p.num_splits);
+  return (start + row * ((splits + p.together - 1) / p.together) + found) * p.op.num_heads + head;
 }
 
 // Tile `number` of a KV head. With cu_seqlens_q, sequence i owns the numbers from

@@ -6,7 +6,7 @@
 
 namespace livevlm {
 
-inline constexpr int kCombineThreads = 512, kCombineWarps = kCombineThreads / 32;
+inline constexpr int kCombineThreads = 256, kCombineWarps = kCombineThreads / 32;
 
 // Up to four floats of a row.
 __device__ __forceinline__ float4 load_four(const float* source, int32_t count) {
@@ -16,11 +16,11 @@ __device__ __forceinline__ float4 load_four(const float* source, int32_t count) 
                      count > 3 ? source[3] : 0.0f);
 }
 
-// A warp takes every sixteenth split.
-template <typename T, bool kByParts>
+// A warp takes every eighth of what splits that are neighbours have found together: kEach of them, if that
+// was not merged before.
+template <typename T, int kEach>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_splits_kernel(const __grid_constant__ AttentionKernel p) {
-  constexpr int kTogether = kByParts ? kParts : 1;
   __shared__ float4 outs[kCombineWarps][32];
   __shared__ float2 sums[kCombineWarps];
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kCombineThreads)
   if (rows > p.max_rows && sequence.most_splits(p) == 1) return;  // finished already
   Range found{0, 0};
   if (rows > 0) found = sequence.parts_of(p, sequence.seen(p.op, query - sequence.first_query));
-  if constexpr (!kByParts) found = {found.begin / kParts, (found.end + kParts - 1) / kParts};
+  const int32_t size = kParts * p.together;
+  found = {found.begin / size, (found.end + size - 1) / size};
   const auto group = static_cast<int32_t>(p.op.group_size), heads = static_cast<int32_t>(p.op.num_heads);
   const auto qo_head = static_cast<int32_t>(flat - int64_t{query} * heads * group);
   const int32_t row = (query - sequence.first_query) * group + qo_head % group;
@@ -45,23 +46,23 @@ __global__ void __launch_bounds__(kCombineThreads)
   for (int32_t first = 0; first < dims; first += 128) {
     const int32_t dim = first + lane * 4;
     Found all;
-    for (int32_t i = found.begin / kTogether + warp; i * kTogether < found.end; i += kCombineWarps) {
-      Found parts[kTogether];
+    for (int32_t i = found.begin / kEach + warp; i * kEach < found.end; i += kCombineWarps) {
+      Found splits[kEach];
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        const int32_t part = i * kTogether + j;
-        if (part < found.begin || part >= found.end) continue;
-        const float2 sum = p.found_sums[at + int64_t{part} * heads];
-        parts[j].top = sum.x, parts[j].sum = sum.y;
+      for (int j = 0; j < kEach; ++j) {
+        const int32_t split = i * kEach + j;
+        if (split < found.begin || split >= found.end) continue;
+        const float2 sum = p.found_sums[at + int64_t{split} * heads];
+        splits[j].top = sum.x, splits[j].sum = sum.y;
         if (dim < dims)
-          parts[j].out = load_four(p.found_out + (at + int64_t{part} * heads) * dims + dim, dims - dim);
+          splits[j].out = load_four(p.found_out + (at + int64_t{split} * heads) * dims + dim, dims - dim);
       }
-      Found split;
+      Found together;
 #pragma unroll
-      for (int j = 0; j < kTogether; ++j) {
-        if constexpr (kByParts) split.merge(parts[j]);
+      for (int j = 0; j < kEach; ++j) {
+        if constexpr (kEach > 1) together.merge(splits[j]);
       }
-      all.merge(kByParts ? split : parts[0]);
+      all.merge(kEach > 1 ? together : splits[0]);
     }
     __syncthreads();  // what was there before has been read
     outs[warp][lane] = all.out;

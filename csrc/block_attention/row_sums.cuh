@@ -14,14 +14,17 @@ inline constexpr float kRaiseAbove = 256.0f;
 template <typename T, int kDim>
 __device__ __forceinline__ void multiply(const uint4 (&upper)[kDim / 32], const uint4 (&lower)[kDim / 32],
                                          const uint4 (&query)[kDim / 32], float (&logits)[4]) {
+  float other[4] = {};  // two sums, so that half as many products wait for each other
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) {
     const uint4 u = upper[i], l = lower[i], q = query[i];
     const uint32_t a[4] = {u.x, l.x, u.y, l.y}, b[2] = {q.x, q.y};
     mma_m16n8k16(logits, a, b, TypeTag<T>{});
     const uint32_t c[4] = {u.z, l.z, u.w, l.w}, d[2] = {q.z, q.w};
-    mma_m16n8k16(logits, c, d, TypeTag<T>{});
+    mma_m16n8k16(other, c, d, TypeTag<T>{});
   }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) logits[j] += other[j];
 }
 
 // Hides keys from rows. `seen`: of the thread's two rows.

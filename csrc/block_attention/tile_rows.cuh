@@ -11,13 +11,16 @@ namespace livevlm {
 
 inline constexpr int kWorkBytes = 64;  // of a TileWork
 
-template <typename Element, int kHeadDim, int kTileKeys, int kWarpgroups, int kRing, bool kInTurn = true>
+template <typename Element, int kHeadDim, int kTileKeys, int kWarpgroups, int kRing, bool kInTurn = true,
+          bool kGather = false>
 struct TileConfig {
   using T = Element;
   static constexpr int kDim = kHeadDim, kKeys = kTileKeys, kGroups = kWarpgroups, kStages = kRing;
-  static constexpr bool kTurns = kInTurn;  // products of the warpgroups start in turn
+  static constexpr bool kTurns = kInTurn;    // products of the warpgroups start in turn
+  static constexpr bool kGathers = kGather;  // a warpgroup gathers the tiles: gather_tiles.cuh
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  // Registers of a thread: 65536 in all, of which a launch gives every warp as many, and too few.
+  // Registers of a thread: 65536 in all, of which a launch gives every warp as many. These are enough with
+  // the smaller tiles that are gathered, but not with others.
   static constexpr int kBringing = kGroups == 2 ? 24 : 32, kAttending = kGroups == 2 ? 240 : 160;
   static_assert(128 * (kBringing + kGroups * kAttending) <= 65536, "a multiprocessor has no more");
   // Shared memory. Images are multiples of 1024 bytes.
@@ -27,8 +30,48 @@ struct TileConfig {
   static constexpr int kPresentAt = kValuesAt + kStages * kImageBytes;
   static constexpr int kLimitsAt = kPresentAt + kStages * kPresentBytes;  // Range: keys that a row sees
   static constexpr int kBarriersAt = kLimitsAt + kRows * 8;
-  static constexpr int kWorkAt = kBarriersAt + 4 * kStages * 8, kSharedBytes = kWorkAt + kWorkBytes;
+  static constexpr int kWorkAt = kBarriersAt + 4 * kStages * 8, kAngleRowsAt = kWorkAt + kWorkBytes;
+  static constexpr int kSharedBytes = kAngleRowsAt + (kGathers ? kStages * kKeys * 4 : 0);
 };
+
+#ifdef LIVEVLM_SM90A
+
+template <typename C>
+struct TileBarriers {
+  uint32_t base;
+
+  // All in shared memory, kStages each: a place has been filled, all warps are done with it.
+  __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + stage * 8; }
+  __device__ __forceinline__ uint32_t keys_empty(int stage) const { return base + (C::kStages + stage) * 8; }
+  __device__ __forceinline__ uint32_t values_full(int stage) const {
+    return base + (2 * C::kStages + stage) * 8;
+  }
+  __device__ __forceinline__ uint32_t values_empty(int stage) const {
+    return base + (3 * C::kStages + stage) * 8;
+  }
+
+  __device__ __forceinline__ void init() const {
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      shared_barrier_init(keys_full(stage), C::kGathers ? 128 : 1);
+      shared_barrier_init(values_full(stage), C::kGathers ? 128 : 1);
+      shared_barrier_init(keys_empty(stage), 4 * C::kGroups);
+      shared_barrier_init(values_empty(stage), 4 * C::kGroups);
+    }
+    shared_barriers_ready();
+  }
+};
+
+// A place in a ring of kStages, and the phase of its barriers.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+#endif
 
 // What a thread block does. Row tiles at the end of a sequence see most keys, so they start first.
 struct TileWork {
