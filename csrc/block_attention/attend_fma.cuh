@@ -36,7 +36,7 @@ __device__ __forceinline__ float element(const BlockAttention& op, const T* row,
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kFmaAttentionThreads)
+__global__ void __launch_bounds__(kFmaAttentionThreads, 4)
     attend_fma_kernel(const __grid_constant__ AttentionKernel p) {
   constexpr int kWarps = kFmaAttentionThreads / 32;
   LIVEVLM_DYNAMIC_SHARED(float, memory);

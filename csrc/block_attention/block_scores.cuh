@@ -93,7 +93,7 @@ template <typename T, int kSize, int kBlocks, bool kMinMax>
 __global__ void __launch_bounds__(kScoreBlocksThreads, 2)
     score_blocks_kernel(const __grid_constant__ RetrieveKernel p) {
   LIVEVLM_DYNAMIC_SHARED(float, weights);
-  constexpr int kAhead = kBlocks == 1 ? 4 : 1;
+  constexpr int kAhead = kBlocks == 1 ? 4 : 2;
   const RetrieveBlocks& op = p.op;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   let_next_kernel_start();

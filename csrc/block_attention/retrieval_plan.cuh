@@ -16,7 +16,8 @@ namespace livevlm {
 // sums of a split are rounded together, and what is selected must not depend on what else is in the batch.
 inline constexpr int64_t kTargetBlocks = 132;
 inline constexpr int64_t kMostWeights = 8192;  // floats of shared memory, if a head has not more
-inline constexpr int64_t kFewBlocks = 4096;    // up to here the selection adds up heads itself
+inline constexpr int64_t kManyBlocks = 3168;  // from here a warp scores several: 24 for each of kTargetBlocks
+inline constexpr int64_t kFewBlocks = 4096;   // up to here the selection adds up heads itself
 
 inline int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
@@ -97,7 +98,7 @@ class Scratch {
 
 struct RetrievalPlan {
   RetrieveKernel kernel;
-  bool add_parts;
+  bool mean_query, add_parts;
   void* mass_workspace;
   int64_t bytes;
 };
@@ -115,7 +116,9 @@ inline RetrievalPlan plan_retrieval(const RetrieveBlocks& op, void* workspace) {
     kernel.query = op.q;
     kernel.query_dtype = op.q_dtype;
     const int64_t qo_heads = op.num_heads * op.group_size;
-    if (op.num_queries > 1) {
+    // Of one query too if blocks are many: summaries are on their way by the time that the mean is ready.
+    plan.mean_query = op.num_queries > 1 || kernel.num_blocks >= kManyBlocks;
+    if (plan.mean_query) {
       kernel.means = scratch.take<float>(op.batch * qo_heads * op.head_dim);
       kernel.query = {kernel.means, qo_heads * op.head_dim, 0, op.head_dim, 1};
       kernel.query_dtype = DType::kFloat32;

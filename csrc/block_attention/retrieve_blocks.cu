@@ -11,21 +11,21 @@ namespace livevlm {
 namespace {
 
 template <typename T, int kSize, int kBlocks, bool kMinMax>
-void launch_scores(RetrieveKernel kernel, cudaStream_t stream) {
+void launch_scores(RetrieveKernel kernel, bool mean_query, cudaStream_t stream) {
   kernel.row_tiles = static_cast<int32_t>(ceil_div(kernel.num_blocks, kScoreBlocksWarps * kBlocks));
   const RetrieveBlocks& op = kernel.op;
   const dim3 grid = grid_of((op.per_head ? op.batch * op.num_heads : op.batch) * kernel.row_tiles);
   const auto shared = static_cast<size_t>(kernel.chunk_heads * summary_length(op)) * sizeof(float);
   // Without a mean of queries the kernel ahead is not of this op, and there is nothing to overlap with.
-  const auto launch =
-      op.num_queries > 1 ? &launch_overlapping<RetrieveKernel> : &launch_kernel<RetrieveKernel>;
+  const auto launch = mean_query ? &launch_overlapping<RetrieveKernel> : &launch_kernel<RetrieveKernel>;
   launch(score_blocks_kernel<T, kSize, kBlocks, kMinMax>, grid, kScoreBlocksThreads, shared, stream, kernel,
          "retrieve_blocks: scores");
 }
 
-void launch_query(const RetrieveKernel& kernel, cudaStream_t stream) {
+void launch_query(const RetrievalPlan& all, cudaStream_t stream) {
+  const RetrieveKernel& kernel = all.kernel;
   const RetrieveBlocks& op = kernel.op;
-  if (op.num_queries > 1) {
+  if (all.mean_query) {
     dispatch_float(op.q_dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const int64_t pieces = op.batch * op.num_heads * op.group_size * ceil_div(op.head_dim, 32);
@@ -38,11 +38,11 @@ void launch_query(const RetrieveKernel& kernel, cudaStream_t stream) {
       using T = typename decltype(type)::type;
       constexpr bool kMinMax = decltype(bounds)::value;
       // With few blocks, a warp has one: then there are enough warps for the whole GPU.
-      constexpr int kMany = 8;
-      const bool many = kernel.num_blocks >= kTargetBlocks * kScoreBlocksWarps * kMany / 2;
-      if (!aligned_keys(op)) return launch_scores<T, 1, 1, kMinMax>(kernel, stream);
-      if (many) return launch_scores<T, kVectorSize<T>, kMany, kMinMax>(kernel, stream);
-      launch_scores<T, kVectorSize<T>, 1, kMinMax>(kernel, stream);
+      constexpr int kMany = 6;
+      const bool many = kernel.num_blocks >= kManyBlocks;
+      if (!aligned_keys(op)) return launch_scores<T, 1, 1, kMinMax>(kernel, all.mean_query, stream);
+      if (many) return launch_scores<T, kVectorSize<T>, kMany, kMinMax>(kernel, all.mean_query, stream);
+      launch_scores<T, kVectorSize<T>, 1, kMinMax>(kernel, all.mean_query, stream);
     });
   });
 }
@@ -100,17 +100,17 @@ void launch_softmax(const RetrieveKernel& kernel, cudaStream_t stream) {
 
 void launch_top(const RetrieveKernel& kernel, cudaStream_t stream) {
   const int64_t rows = kernel.op.batch * (kernel.op.per_head ? kernel.op.num_heads : 1);
-  const auto launch = [&](auto words, int64_t shared_bytes) {
-    launch_overlapping(top_blocks_kernel<decltype(words)::value>, grid_of(rows), kRowThreads,
-                       static_cast<size_t>(shared_bytes), stream, kernel, "retrieve_blocks: selection");
+  const auto launch = [&](auto pick, int threads, int64_t shared_bytes) {
+    launch_overlapping(pick, grid_of(rows), threads, static_cast<size_t>(shared_bytes), stream, kernel,
+                       "retrieve_blocks: selection");
   };
-  const int64_t bytes = sizeof(TopShared);
-  if (kernel.num_blocks <= 1 * kRowThreads) return launch(IntTag<1>{}, bytes);
-  if (kernel.num_blocks <= 4 * kRowThreads) return launch(IntTag<4>{}, bytes);
-  if (kernel.num_blocks <= 16 * kRowThreads) return launch(IntTag<16>{}, bytes);
-  dispatch_staged(kernel.num_blocks, bytes, [&](auto staged, int64_t all_bytes) {
-    launch(IntTag<decltype(staged)::value ? 0 : -1>{}, all_bytes);
-  });
+  if (kernel.num_blocks > kMarkRows) return launch(pick_many_blocks_kernel, kRowThreads, sizeof(TopShared));
+  const int64_t bytes = static_cast<int64_t>(sizeof(PickShared)) + mark_bytes(kernel.num_blocks);
+  // Few threads have less to wait for each other; more have more of a long row on its way.
+  if (kernel.num_blocks <= 256 * 4) return launch(pick_blocks_kernel<256, 4, 4>, 256, bytes);
+  if (kernel.num_blocks <= 512 * 8) return launch(pick_blocks_kernel<512, 8, 4>, 512, bytes);
+  if (kernel.num_blocks <= 1024 * 16) return launch(pick_blocks_kernel<1024, 16, 1>, 1024, bytes);
+  launch(pick_blocks_kernel<1024, 0, 1>, 1024, bytes);
 }
 
 }  // namespace
@@ -128,7 +128,7 @@ void retrieve_blocks_cuda(const RetrieveBlocks& op, void* workspace, void* strea
   } else if (op.softmax) {
     launch_softmax(kernel, cuda_stream);
   } else {
-    launch_query(kernel, cuda_stream);
+    launch_query(all, cuda_stream);
   }
   if (all.add_parts) {
     const int64_t scores = op.batch * (op.per_head ? op.num_heads : 1) * kernel.num_blocks;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "block_attention/retrieve_blocks.cuh"
+#include "block_attention/retrieve_blocks_top.cuh"
 #include "kv_evict/top_tokens.cuh"
 
 namespace livevlm {
@@ -34,47 +35,6 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const __grid_consta
   if (threadIdx.x % kAddLanes == 0 && block < p.num_blocks) p.scores[number] = sum;
 }
 
-// Keys of a row's blocks as `RowKeys` has them, in registers: kWords a thread. Scores of all of a thread's
-// blocks are on their way at the same time.
-template <int kWords>
-class HeldKeys {
- public:
-  // key_of(block, score) for blocks below `length`. The score is the sum of `count` rows, `stride` apart.
-  template <typename KeyOf>
-  __device__ __forceinline__ HeldKeys(int32_t length, const float* scores, int32_t count, int32_t stride,
-                                      KeyOf key_of)
-      : own_(row_stretch(length)) {
-    float sums[kWords] = {};
-    for (int32_t i = 0; i < count; ++i, scores += stride) {
-      float loaded[kWords];
-#pragma unroll
-      for (uint32_t j = 0; j < kWords; ++j)
-        loaded[j] = j < own_.count && token(j) < length ? __ldcg(scores + token(j)) : 0.0f;
-#pragma unroll
-      for (uint32_t j = 0; j < kWords; ++j) sums[j] += loaded[j];
-    }
-#pragma unroll
-    for (uint32_t j = 0; j < kWords; ++j)
-      keys_[j] = j < own_.count && token(j) < length ? key_of(token(j), sums[j]) : kNeverKey;
-  }
-
-  __device__ __forceinline__ int32_t token(uint32_t j) const {
-    return static_cast<int32_t>((own_.first + j) * 32 + static_cast<uint32_t>(row_lane()));
-  }
-
-  template <typename F>
-  __device__ __forceinline__ void each(F f) const {
-#pragma unroll
-    for (uint32_t j = 0; j < kWords; ++j) {
-      if (j < own_.count) f(token(j), keys_[j], j);
-    }
-  }
-
- private:
-  RowStretch own_;
-  uint32_t keys_[kWords];
-};
-
 __device__ __forceinline__ bool score_is_nan(float score) {
   return !(score == score);
 }
@@ -88,54 +48,158 @@ __device__ __forceinline__ int64_t table_width(const RetrieveBlocks& op, int32_t
   return min(width, max(share, op.num_sink_blocks + op.num_recent_blocks));
 }
 
-template <typename Keys>
-__device__ __forceinline__ void write_table(const RetrieveBlocks& op, int64_t row, int32_t blocks,
-                                            const Keys& keys, TopShared& shared) {
-  const auto width = static_cast<uint32_t>(table_width(op, blocks));
+// A row of scores that was not yet made into keys.
+struct ScoreRow {
+  int64_t row;
+  int32_t blocks, sinks, recent;
+  const float* scores;
+  int32_t heads, stride;  // that are added up, and how far apart they are
+  bool poisoned = false;  // no block has a score
+
+  __device__ __forceinline__ explicit ScoreRow(const RetrieveKernel& p)
+      : row(blockIdx.x),
+        blocks(valid_blocks(p.op, batch_of(p.op, row))),
+        sinks(static_cast<int32_t>(min(p.op.num_sink_blocks, int64_t{blocks}))),
+        recent(static_cast<int32_t>(max(blocks - p.op.num_recent_blocks, int64_t{0}))),
+        scores(p.scores + row * p.added_heads * p.num_blocks),
+        heads(p.added_heads),
+        stride(p.num_blocks) {}
+
+  __device__ __forceinline__ uint32_t key(int32_t block, float score) const {
+    const uint32_t key = poisoned ? kNeverKey : score_key(score);
+    return (block < sinks) | (block >= recent) ? kAlwaysKey : key;
+  }
+};
+
+// Keys in registers: those of blocks thread, thread + kThreads, ... Scores of kHeads heads at a time are all
+// on their way together.
+template <int kThreads, int kWords, int kHeads>
+class HeldKeys {
+ public:
+  __device__ __forceinline__ HeldKeys(ScoreRow& row, bool can_be_poisoned) : blocks_(row.blocks) {
+    float sums[kWords] = {};
+    const float* scores = row.scores;
+    for (int32_t first = 0; first < row.heads; first += kHeads) {
+      float loaded[kHeads][kWords];
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+        for (int j = 0; j < kWords; ++j) {
+          loaded[h][j] = 0.0f;
+          if (first + h < row.heads && block(j) < blocks_) loaded[h][j] = __ldcg(scores + block(j));
+        }
+        scores += row.stride;
+      }
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+        for (int j = 0; j < kWords; ++j) sums[j] += loaded[h][j];
+      }
+    }
+    if (can_be_poisoned) {
+      bool any = false;
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) any |= score_is_nan(sums[j]);
+      row.poisoned = __syncthreads_or(any) != 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) keys_[j] = block(j) < blocks_ ? row.key(block(j), sums[j]) : kNeverKey;
+  }
+
+  // Calls f(block, key) for whole words of 32 blocks; those past the last one have no key.
+  template <typename F>
+  __device__ __forceinline__ void each(F f) const {
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      if (block(j) - row_lane() < blocks_) f(block(j), keys_[j]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static int32_t block(int j) {
+    return j * kThreads + static_cast<int32_t>(threadIdx.x);
+  }
+
+  int32_t blocks_;
+  uint32_t keys_[kWords];
+};
+
+// The same for rows that registers do not hold: scores are read again each time. Only one head.
+template <int kThreads>
+class ReadKeys {
+ public:
+  __device__ __forceinline__ ReadKeys(ScoreRow& row, bool can_be_poisoned) : row_(row) {
+    if (!can_be_poisoned) return;
+    bool any = false;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < row.blocks; i += kThreads)
+      any |= score_is_nan(__ldcg(row.scores + i));
+    row.poisoned = __syncthreads_or(any) != 0;
+  }
+
+  template <typename F>
+  __device__ __forceinline__ void each(F f) const {
+    constexpr int kAhead = 16;
+    for (auto first = static_cast<int32_t>(threadIdx.x); first - row_lane() < row_.blocks;
+         first += kAhead * kThreads) {
+      float loaded[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        loaded[i] = first + i * kThreads < row_.blocks ? __ldcg(row_.scores + first + i * kThreads) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int32_t block = first + i * kThreads;
+        if (block - row_lane() >= row_.blocks) break;
+        f(block, block < row_.blocks ? row_.key(block, loaded[i]) : kNeverKey);
+      }
+    }
+  }
+
+ private:
+  const ScoreRow& row_;
+};
+
+// One thread block a row. kWords: keys a thread has in registers; 0: they are read again.
+template <int kThreads, int kWords, int kHeads>
+__global__ void __launch_bounds__(kThreads, 1) pick_blocks_kernel(const __grid_constant__ RetrieveKernel p) {
+  LIVEVLM_DYNAMIC_SHARED(PickShared, memory);
+  ScoreRow row(p);
+  Picker<kThreads> picker(memory, row.blocks);
+  const auto width = static_cast<uint32_t>(table_width(p.op, row.blocks));
+  wait_for_previous_kernels();
+  __syncthreads();
+  const auto pick = [&](const auto& keys) { picker.pick(keys, width); };
+  // score_tokens gives NaN to the tokens that made a softmax NaN, and zero to all others.
+  const bool can_be_poisoned = p.op.kind == BlockScore::kMass;
+  if constexpr (kWords > 0) {
+    pick(HeldKeys<kThreads, kWords, kHeads>(row, can_be_poisoned));
+  } else {
+    pick(ReadKeys<kThreads>(row, can_be_poisoned));
+  }
+  picker.write(p.op.block_table + row.row * p.op.num_selected, p.op.num_selected, p.op.counts + row.row);
+}
+
+// Rows of more blocks than there is shared memory for a bit of each.
+__global__ void __launch_bounds__(kRowThreads, 1)
+    pick_many_blocks_kernel(const __grid_constant__ RetrieveKernel p) {
+  LIVEVLM_DYNAMIC_SHARED(TopShared, top);
+  TopShared& shared = *top;
+  ScoreRow row(p);
+  wait_for_previous_kernels();
+  if (p.op.kind == BlockScore::kMass) {
+    bool any = false;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < row.blocks; i += kRowThreads)
+      any |= score_is_nan(__ldcg(row.scores + i));
+    row.poisoned = __syncthreads_or(any) != 0;
+  }
+  const auto read_key = [&](int32_t block) { return row.key(block, __ldcg(row.scores + block)); };
+  const RowKeys<false, decltype(read_key)> keys(row.blocks, read_key, nullptr);
+  const auto width = static_cast<uint32_t>(table_width(p.op, row.blocks));
   const Cut cut =
       find_cut(keys, width, false, width, shared, [](int32_t, uint32_t key, auto) { return key; });
   const int32_t count = write_indices(
-      keys, op.num_selected, op.block_table + row * op.num_selected, shared,
+      keys, p.op.num_selected, p.op.block_table + row.row * p.op.num_selected, shared,
       [&](int32_t block, uint32_t key, auto) { return key != kNeverKey && cut.takes(key, block); });
-  if (threadIdx.x == 0) op.counts[row] = count;
-}
-
-// kWords: as many words of 32 blocks a warp has in registers; 0: keys are in shared memory, -1: made again in
-// each pass.
-template <int kWords>
-__global__ void __launch_bounds__(kRowThreads, 1)
-    top_blocks_kernel(const __grid_constant__ RetrieveKernel p) {
-  LIVEVLM_DYNAMIC_SHARED(TopShared, top);  // and staged keys behind it
-  TopShared& shared = *top;
-  const RetrieveBlocks& op = p.op;
-  const int64_t row = blockIdx.x;
-  const int32_t blocks = valid_blocks(op, batch_of(op, row));
-  const auto sinks = static_cast<int32_t>(min(op.num_sink_blocks, int64_t{blocks}));
-  const auto recent = static_cast<int32_t>(max(blocks - op.num_recent_blocks, int64_t{0}));
-  const float* scores = p.scores + row * p.added_heads * p.num_blocks;
-  wait_for_previous_kernels();
-
-  bool poisoned = false;
-  if (op.kind == BlockScore::kMass) {
-    // score_tokens gives NaN to the tokens that made a softmax NaN, and zero to all others.
-    bool any = false;
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < blocks; i += kRowThreads)
-      any |= score_is_nan(__ldcg(scores + i));
-    poisoned = __syncthreads_or(any) != 0;
-  }
-  const auto key_of = [&](int32_t block, float score) {
-    const uint32_t key = poisoned ? kNeverKey : score_key(score);
-    return (block < sinks) | (block >= recent) ? kAlwaysKey : key;
-  };
-  if constexpr (kWords > 0) {
-    const HeldKeys<kWords> keys(blocks, scores, p.added_heads, p.num_blocks, key_of);
-    write_table(op, row, blocks, keys, shared);
-  } else {
-    const auto read_key = [&](int32_t block) { return key_of(block, __ldcg(scores + block)); };
-    const RowKeys<kWords == 0, decltype(read_key)> keys(blocks, read_key,
-                                                        reinterpret_cast<uint32_t*>(&shared + 1));
-    write_table(op, row, blocks, keys, shared);
-  }
+  if (threadIdx.x == 0) p.op.counts[row.row] = count;
 }
 
 }  // namespace livevlm
