@@ -17,7 +17,10 @@ from livevlm.config import Config
 from livevlm.memory import Memory
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
-from livevlm_kernels import block_attention, score_tokens
+from livevlm_kernels import backends, block_attention, score_tokens
+
+
+FEW_QUERIES = 16
 
 
 @dataclass
@@ -55,10 +58,18 @@ class Read:
 
     def _backend(self) -> str | None:
         """Of `block_attention`; None: gather the keys and values and use PyTorch's attention."""
-        chosen, shape = self.config.attention, self.memory.shape
-        if chosen == "auto":
-            return "auto" if shape.device.type == "cuda" and shape.dtype != torch.float32 else None
-        return None if chosen == "sdpa" else chosen
+        chosen = self.config.attention
+        if chosen != "auto":
+            return None if chosen == "sdpa" else chosen
+        shape = self.memory.shape
+        if shape.device.type != "cuda" or shape.dtype == torch.float32:
+            return None
+        fastest = backends("block_attention", shape.device)[0]
+        if fastest == "reference":
+            return None
+        # The CUDA kernel for many queries is for Hopper and these head sizes; the other one reads keys again and again.
+        many = torch.cuda.get_device_capability(shape.device)[0] == 9 and shape.head_dim in (64, 128)
+        return "auto" if fastest != "cuda" or many or self.num_new <= FEW_QUERIES else None
 
     def attend(self, module: nn.Module, query: Tensor, layer: int, scaling: float) -> Tensor:
         """query `[1, num_qo_heads, num_new, head_dim]`, un-rotated -> `[1, num_new, num_qo_heads, head_dim]`."""
