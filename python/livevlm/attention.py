@@ -19,7 +19,6 @@ from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
 from livevlm_kernels import backends, block_attention, score_tokens
 
-
 FEW_QUERIES = 16
 
 
