@@ -21,7 +21,11 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # num_blocks, block_size, num_qo_heads, num_kv_heads, head_dim, queries and keys of each sequence
 CASES = [
     pytest.param((40, 16, 28, 4, 128), [(1, 300)], id="7B_decode"),
-    pytest.param((40, 16, 28, 4, 128), [(33, 301), (20, 20), (5, 77)], id="7B_questions"),
+    pytest.param(
+        (40, 16, 28, 4, 128),
+        [(9, 150), (3, 3), (5, 77)] if kit.SLOW else [(33, 301), (20, 20), (5, 77)],
+        id="7B_questions",
+    ),
     pytest.param((4, 196, 14, 2, 64), [(60, 484) if kit.SLOW else (392, 784)], id="0.5B_clip"),
     pytest.param((50, 7, 14, 2, 64), [(1, 7), (1, 8), (1, 1), (1, 50)], id="0.5B_decode"),
     pytest.param((30, 1, 9, 3, 18), [(2, 13), (3, 7)], id="group_3"),
@@ -168,7 +172,7 @@ def half_split_angles(num_positions, head_dim, device):
 @pytest.mark.parametrize("table_dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("dtype", kit.DTYPES)
 @pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize(("shape", "lengths"), CASES[:4])
+@pytest.mark.parametrize(("shape", "lengths"), [CASES[0], CASES[3]] if kit.SLOW else CASES[:4])
 def test_queries_are_rotated_too(shape, lengths, per_head, dtype, table_dtype, backend, device):
     problem = Problem(shape, lengths, device, dtype, per_head=per_head)
     angle, cache = half_split_angles(1000, shape[-1], device)
@@ -316,7 +320,7 @@ def test_a_block_named_twice_counts_twice(backend, device):
 def test_a_result_does_not_depend_on_the_batch(rope, dtype, backend, device):
     if backend == "reference":
         pytest.skip("it multiplies matrices of another size")
-    lengths = [(1, 300), (33, 301), (2, 40), (1, 1), (5, 555), (1, 512)]
+    lengths = [(1, 300), (9 if kit.SLOW else 33, 301), (2, 40), (1, 1), (5, 555), (1, 512)]
     problem = Problem((120, 16, 14, 2, 64), lengths, device, dtype)
     options = {}
     if rope:
