@@ -20,6 +20,7 @@ from livevlm.rope import Rope
 from livevlm_kernels import backends, block_attention, score_tokens
 
 FEW_QUERIES = 16
+MOST_ANGLES = 2**18  # 64 MiB of them at head_dim 128
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Read:
         shape = self.memory.shape
         if shape.device.type != "cuda" or shape.dtype == torch.float32:
             return None
+        if self.config.positions == "original" and self.first_position + self.num_new > MOST_ANGLES:
+            return None  # a table of angles must not grow with the stream
         fastest = backends("block_attention", shape.device)[0]
         if fastest == "reference":
             return None
