@@ -82,10 +82,6 @@ template <int kVectors>
   return sums;
 }
 
-inline Lanes maximum(Lanes a, Lanes b) {
-  return a > b ? a : b;
-}
-
 // weights: [key of the tile][rows]. Raises `highest` to the highest logit.
 template <int kVectors, bool kMasked>
 void find_logits(const KeyTile& tile, const Panel& panel, int64_t head_dim, Lanes (&highest)[kVectors],

@@ -231,10 +231,14 @@ struct KeyPlace {
   int32_t block, slot, angles;
 };
 
-// Of key `key` in table order, in slot `slot` of the block that is entry `entry` of the table.
-__device__ __forceinline__ KeyPlace place_in(const BlockAttention& op, const int32_t* table, int32_t key,
-                                             uint32_t entry, uint32_t slot) {
+// Of key `key` in table order; there is nothing to see from `end` on.
+__device__ __forceinline__ KeyPlace place_of(const AttentionKernel& p, const int32_t* table, int32_t key,
+                                             int32_t end) {
+  const BlockAttention& op = p.op;
   const KeyPlace nothing{-1, 0, 0};
+  if (key >= end) return nothing;
+  const uint32_t entry = p.block_size.quotient(static_cast<uint32_t>(key));
+  const uint32_t slot = static_cast<uint32_t>(key) - entry * p.block_size.value;
   const int32_t block = table[entry];
   if (static_cast<uint32_t>(block) >= static_cast<uint64_t>(op.num_blocks)) return nothing;
   int64_t position = key;
@@ -246,14 +250,6 @@ __device__ __forceinline__ KeyPlace place_in(const BlockAttention& op, const int
     if (!op.packed) position = own;
   }
   return {block, static_cast<int32_t>(slot), static_cast<int32_t>(angle_row(op, position))};
-}
-
-// The same; there is nothing to see from `end` on.
-__device__ __forceinline__ KeyPlace place_of(const AttentionKernel& p, const int32_t* table, int32_t key,
-                                             int32_t end) {
-  if (key >= end) return {-1, 0, 0};
-  const uint32_t entry = p.block_size.quotient(static_cast<uint32_t>(key));
-  return place_in(p.op, table, key, entry, static_cast<uint32_t>(key) - entry * p.block_size.value);
 }
 
 __device__ __forceinline__ int64_t query_position(const BlockAttention& op, int64_t query) {

@@ -111,10 +111,6 @@ void find_logits(const RetrieveBlocks& p, ScoreWorkspace& w, int64_t batch, int6
   }
 }
 
-inline Lanes maximum(Lanes a, Lanes b) {
-  return a > b ? a : b;
-}
-
 // Adds up a vector of rows for each block: logits, or their softmax over the blocks. `count` rows are real.
 inline void add_scores(const RetrieveBlocks& p, float* logits, int64_t count, int64_t length, float* scores) {
   IntLanes real{};

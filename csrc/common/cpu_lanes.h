@@ -122,6 +122,11 @@ inline Lanes select(IntLanes mask, Lanes yes, Lanes no) {
   return mask ? yes : no;
 }
 
+// `b` where either is NaN.
+inline Lanes maximum(Lanes a, Lanes b) {
+  return a > b ? a : b;
+}
+
 // exp of lanes that are not positive, within 2 units in the last place. It is 0 below -87, close to where
 // float32 has only subnormals left; NaN stays NaN.
 inline Lanes exp_not_positive(Lanes x) {

@@ -89,10 +89,6 @@ void load_key(const ScoreTokens& p, int64_t batch, int64_t token, int64_t head, 
   }
 }
 
-Lanes maximum(Lanes a, Lanes b) {
-  return a > b ? a : b;
-}
-
 // The logits of some panels of queries for the keys begin..begin + count - 1, which w.keys holds.
 void find_logits(const ScoreTokens& p, Workspace& w, int64_t first_panel, int64_t num_panels, int64_t length,
                  int64_t begin, int64_t count) {
