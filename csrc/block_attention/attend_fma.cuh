@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kFmaAttentionThreads, 4)
   float *const tops = weights + kFmaRows * kFmaKeys, *const sums = tops + kFmaRows,
                *const shrinks = sums + kFmaRows;
   __shared__ KeyPlace places[kFmaKeys];
-  let_next_kernel_start();
   wait_for_previous_kernels();
+  let_next_kernel_start();  // combine_splits_kernel relies on this order
 
   const auto split = static_cast<int32_t>(blockIdx.x % static_cast<uint32_t>(p.num_splits));
   const uint32_t unit = blockIdx.x / static_cast<uint32_t>(p.num_splits);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kFmaAttentionThreads, 4)
     }
     __syncthreads();
     for (int row = warp; row < tile.num_rows; row += kWarps) {
-      const Range seen = tile.seen(p.op, row);
+      const Range seen = tile.seen(p, row);
       const int32_t key = first + lane;
       float logit = 0.0f;
       for (int dim = 0; dim < dims; ++dim)

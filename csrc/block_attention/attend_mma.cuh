@@ -25,6 +25,9 @@ inline constexpr int kFewRows = 8;
 enum class WarpWork { kPart, kSplit, kSplits };
 template <WarpWork kWork>
 inline constexpr int kFewWarps = kWork == WarpWork::kPart ? kParts : 4;
+// Parts that a warp, or a thread block of kPart, goes through.
+template <WarpWork kWork>
+inline constexpr int kFewParts = kWork == WarpWork::kSplits ? kTogether * kParts : kParts;
 // Of a warp: its ring, and what it found in the parts before, and in the splits before.
 template <int kDim, WarpWork kWork>
 inline constexpr int kFewWarpBytes =
@@ -33,17 +36,18 @@ inline constexpr int kFewWarpBytes =
 // Query lane / 4 of the tile, in pieces as those of keys, rotated if q_positions says where; rows past the
 // end are zeros.
 template <typename T, int kDim, typename Angle>
-__device__ __forceinline__ void load_query(const BlockAttention& op, const RowTile& tile, int64_t head,
+__device__ __forceinline__ void load_query(const AttentionKernel& p, const RowTile& tile, int64_t head,
                                            uint4 (&words)[kDim / 32]) {
+  const BlockAttention& op = p.op;
   const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4, first = lane % 4 * 8;
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) words[i] = make_uint4(0, 0, 0, 0);
   if (row >= tile.num_rows) return;
   const auto group = static_cast<int32_t>(op.group_size);
-  const int32_t in_sequence = tile.first_row + row, query = in_sequence / group;
+  const int32_t query = tile.query_of(p, row);
   const int64_t at = tile.sequence.first_query + query;
   const T* source = static_cast<const T*>(op.q.data) + at * op.q.stride_token +
-                    (head * group + in_sequence - query * group) * op.q.stride_head + first;
+                    (head * group + tile.first_row + row - query * group) * op.q.stride_head + first;
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) words[i] = load_once(reinterpret_cast<const uint4*>(source + i * 32));
   if constexpr (Angle::kBytes > 0) {
@@ -68,7 +72,7 @@ struct StepAngles {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int32_t row = __shfl_sync(~0u, own.angles, lane / 4 + i * 8);
+      const int32_t row = max(0, __shfl_sync(~0u, own.angles, lane / 4 + i * 8));
 #pragma unroll
       for (int j = 0; j < kDim / 64; ++j) of[i][j].load(op, row, lane % 4 * 8 + j * 32);
     }
@@ -94,62 +98,81 @@ __device__ __forceinline__ void merge_parts(const AttentionKernel& p, const RowT
                                             int32_t split, const char* memory) {
   using Sums = RowSums<T, kDim>;
   constexpr int kOuts = Sums::kHalves * 16;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  for (int first = warp * 4; first < kOuts; first += kParts * 4) {
-    float top[2] = {kNoTop, kNoTop}, sum[2] = {}, out[4] = {};
+  static_assert(kOuts <= kParts * 4);
+  const int first = static_cast<int>(threadIdx.x) / 32 * 4, lane = static_cast<int>(threadIdx.x) % 32;
+  if (first >= kOuts) return;
+  const auto kept = [&](int part, int i) {
+    return reinterpret_cast<const float*>(memory +
+                                          part * kFewWarpBytes<kDim, WarpWork::kPart>)[i * 32 + lane];
+  };
+  float top[2] = {kNoTop, kNoTop}, sum[2] = {}, out[4] = {}, one[kParts][2], other[kParts][2];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const float* kept =
-          reinterpret_cast<const float*>(memory + part * kFewWarpBytes<kDim, WarpWork::kPart>) + lane;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const MergeFactors factors(top[j], kept[(kOuts + j) * 32]);
-        top[j] = factors.top;
-        sum[j] = factors.merged(sum[j], kept[(kOuts + 2 + j) * 32]);
-        out[j] = factors.merged(out[j], kept[(first + j) * 32]);
-        out[j + 2] = factors.merged(out[j + 2], kept[(first + j + 2) * 32]);
-      }
-    }
+  for (int part = 0; part < kParts; ++part) {  // first all factors, which do not wait for what they are for
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int32_t row = lane % 4 * 2 + j;
-      if (row >= tile.num_rows) continue;
-      const int64_t at = found_at(p, tile.sequence, head, tile.first_row + row, split);
-      float* const target = p.found_out + at * kDim + first / 16 * 64 + lane / 4 * 8 + first / 4 % 4 * 2;
-      *reinterpret_cast<float2*>(target) = make_float2(out[j], out[j + 2]);
-      if (first == 0 && lane < 4) p.found_sums[at] = make_float2(top[j], sum[j]);
+      const MergeFactors factors(top[j], kept(part, kOuts + j));
+      top[j] = factors.top, one[part][j] = factors.one, other[part][j] = factors.other;
     }
   }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const auto merge = [&](float& into, int i) {
+        into = MergeFactors::merged(one[part][j], into, other[part][j], kept(part, i));
+      };
+      merge(sum[j], kOuts + 2 + j);
+      merge(out[j], first + j);
+      merge(out[j + 2], first + j + 2);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int32_t row = lane % 4 * 2 + j;
+    if (row >= tile.num_rows) continue;
+    const int64_t at = found_at(p, tile.sequence, head, tile.first_row + row, split);
+    float* const target = p.found_out + at * kDim + first / 16 * 64 + lane / 4 * 8 + first / 4 % 4 * 2;
+    *reinterpret_cast<float2*>(target) = make_float2(out[j], out[j + 2]);
+    if (first == 0 && lane < 4) p.found_sums[at] = make_float2(top[j], sum[j]);
+  }
+}
+
+// Where keys lie is looked up when it is known how many there are; until then the table can be on its way.
+__device__ __forceinline__ void bring_table_near(const AttentionKernel& p, uint32_t tile, int64_t head) {
+  const auto entry = static_cast<int32_t>(threadIdx.x) % 32 * 32;
+  if (p.op.cu_seqlens_q || tile >= static_cast<uint32_t>(p.num_tiles) || entry >= p.op.max_blocks) return;
+  prefetch_l2(table_of(p.op, static_cast<int32_t>(p.tiles_each.quotient(tile)), head) + entry);
 }
 
 template <typename T, int kDim, typename Angle, WarpWork kWork>
 __global__ void __launch_bounds__(32 * kFewWarps<kWork>, kWork == WarpWork::kPart ? 1 : 2)
     attend_mma_kernel(const __grid_constant__ AttentionKernel p) {
   constexpr bool kPart = kWork == WarpWork::kPart, kMany = kWork == WarpWork::kSplits;
+  constexpr bool kEarly = Angle::kBytes <= 2;
   constexpr int kWarps = kFewWarps<kWork>;
   LIVEVLM_DYNAMIC_SHARED(char, memory);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0),
             lane = static_cast<int>(threadIdx.x) % 32;
-  let_next_kernel_start();
-  wait_for_previous_kernels();
-
-  const auto heads = static_cast<uint32_t>(p.op.num_heads), each = static_cast<uint32_t>(p.num_found);
   const uint32_t item = kPart ? blockIdx.x : blockIdx.x * kWarps + static_cast<uint32_t>(warp);
-  const uint32_t unit = item / heads;
-  const int64_t head = item - unit * heads;
-  const auto number = static_cast<int32_t>(unit / each), found = static_cast<int32_t>(unit - number * each);
-  if (number >= p.num_tiles) return;
-  const RowTile tile = tile_of(p, number);
+  const uint32_t unit = p.num_heads.quotient(item), number = p.num_found.quotient(unit);
+  const int64_t head = item - unit * p.num_heads.value;
+  const auto found = static_cast<int32_t>(unit - number * p.num_found.value);
+  wait_for_previous_kernels();
+  let_next_kernel_start();  // combine_splits_kernel relies on this order
+  if (kPart && warp == 0) bring_table_near(p, number, head);
+
+  if (number >= static_cast<uint32_t>(p.num_tiles)) return;
+  const RowTile tile = tile_of(p, static_cast<int32_t>(number));
   if (tile.num_rows <= 0) return;
-  // Parts that hold keys of the tile.
-  constexpr int kPartsEach = kMany ? kTogether * kParts : kParts;
-  const int2 cut = tile.sequence.cut(p);
-  const Range wanted = tile.sequence.parts_of(p, tile.keys);
-  Range parts{max(wanted.begin, found * kPartsEach), min(wanted.end, (found + 1) * kPartsEach)};
-  if (parts.begin >= parts.end) return;
-  if constexpr (kPart) parts = {found * kParts + warp, found * kParts + warp + 1};
-  const int32_t end = min(tile.keys.end, cut.x + parts.end * cut.y);
-  int32_t key = max(cut.x + parts.begin * cut.y, kPart ? cut.x + wanted.begin * cut.y : 0);
+  const Cut cut = tile.sequence.cut(p);
+  int32_t part_number = found * kFewParts<kWork>, key = cut.first + part_number * cut.part;
+  int32_t end = min(tile.keys.end, key + kFewParts<kWork> * cut.part);
+  if (key >= end || end <= tile.keys.begin) return;
+  if constexpr (kPart) key += warp * cut.part, end = min(end, key + cut.part);
+  if (key < tile.keys.begin) {  // parts before a window hold nothing
+    const int32_t skipped = min((tile.keys.begin - key) / cut.part, kPart ? 1 : kFewParts<kWork>);
+    part_number += skipped, key += skipped * cut.part;
+  }
 
   using Ring = KeyRing<T, kDim>;
   char* const own = memory + warp * kFewWarpBytes<kDim, kWork>;
@@ -158,34 +181,34 @@ __global__ void __launch_bounds__(32 * kFewWarps<kWork>, kWork == WarpWork::kPar
   [[maybe_unused]] float* const kept_splits = kept + RowSums<T, kDim>::kKept * 32;
   StepAngles<T, kDim, Angle> angles;
   ring.look_up(key);
-  ring.bring(0);
-  cp_async_commit();
-  angles.load(p.op, ring.own);
+  ring.bring(0, key);
+  const KeyPieces first = ring.own;
   ring.look_up(key + kStepKeys);
+  ring.bring(1, key + kStepKeys);
+  KeyPieces next = ring.own;
+  ring.look_up(key + 2 * kStepKeys);
 
   uint4 query[kDim / 32];
-  load_query<T, kDim, Angle>(p.op, tile, head, query);
+  load_query<T, kDim, Angle>(p, tile, head, query);
   Range seen[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int32_t row = lane % 4 * 2 + j;
-    seen[j] = row < tile.num_rows ? tile.seen(p.op, row) : Range{key, end};
+    seen[j] = row < tile.num_rows ? tile.seen(p, row) : Range{key, end};
   }
   const int32_t all_from = max(seen[0].begin, seen[1].begin), all_to = min(seen[0].end, seen[1].end);
+
+  angles.load(p.op, first);
+  KeyBits bits(first);
 
   RowSums<T, kDim> part;
   if constexpr (!kPart) part.keep(kept);  // that is, nothing
   if constexpr (kMany) part.keep(kept_splits);
-  [[maybe_unused]] int32_t number_of_part = parts.begin, part_end = key + cut.y;
+  [[maybe_unused]] int32_t part_end = key + cut.part;
 #pragma unroll 1
   for (int step = 0; key < end; step ^= 1) {
-    cp_async_wait<0>();
-    __syncwarp();  // all lanes' pieces are there, and all lanes are done with the step before
-    ring.bring(step ^ 1);
-    cp_async_commit();
-    const KeyPieces next = ring.own;
-    ring.look_up(key + 2 * kStepKeys);
-
+    cp_async_wait<1>();
+    __syncwarp();  // all lanes' pieces of this step are there
     float logits[4] = {};
     uint4 upper[kDim / 32], lower[kDim / 32];
     ring.key(step, 0, upper);
@@ -193,21 +216,27 @@ __global__ void __launch_bounds__(32 * kFewWarps<kWork>, kWork == WarpWork::kPar
     ring.key(step, 1, lower);
     angles.rotate(1, lower, upper[kDim / 64 - 1].x);
     multiply<T, kDim>(upper, lower, query, logits);
+    if constexpr (kEarly) angles.load(p.op, next);  // not before: there are no registers for them
 #pragma unroll
     for (int j = 0; j < 4; ++j) logits[j] *= p.scale;
-    const uint32_t present = ring.present_at(step);
-    if (!__all_sync(~0u, present == 0xffff && key >= all_from && key + kStepKeys <= all_to))
-      hide(logits, seen, key, present);
+    if (!__all_sync(~0u, bits.present == 0xffff && key >= all_from && key + kStepKeys <= all_to))
+      hide(logits, seen, key, bits.present);
+    if (bits.empty) ring.clear_values(step, bits.empty);
     part.exponentials(logits);
     part.add(logits, ring, step);
-    angles.load(p.op, next);  // not before: there are no registers for them
+    if constexpr (!kEarly) angles.load(p.op, next);
+    __syncwarp();  // all lanes are done with this step
+    ring.bring(step, key + 2 * kStepKeys);
+    bits = KeyBits(next);
+    next = ring.own;
+    ring.look_up(key + 3 * kStepKeys);
 
     key += kStepKeys;
     if (kPart || (key != part_end && key < end)) continue;
     part.add_lanes();
     part.merge_with(kept);
-    ++number_of_part;
-    if (kMany && (number_of_part % kParts == 0 || key >= end)) {
+    ++part_number;
+    if (kMany && (part_number % kParts == 0 || key >= end)) {
       part.merge_with(kept_splits);
       part.keep(kept_splits);
       if (key >= end) break;
@@ -218,7 +247,7 @@ __global__ void __launch_bounds__(32 * kFewWarps<kWork>, kWork == WarpWork::kPar
       part.keep(kept);
       part = RowSums<T, kDim>();
     }
-    part_end += cut.y;
+    part_end += cut.part;
   }
   if constexpr (kPart) {
     part.add_lanes();

@@ -108,9 +108,9 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
   unsigned char* const own = memory + group * C::kQueryBytes;
   const int own_barrier = 1 + C::kGroups + group;
   Range* const limits = reinterpret_cast<Range*>(memory + C::kLimitsAt) + group * 64;
-  if (warp < 2) limits[warp * 32 + lane] = work.seen(p.op, group * 64 + warp * 32 + lane);
+  if (warp < 2) limits[warp * 32 + lane] = work.seen(p, group * 64 + warp * 32 + lane);
   // Tiles within these are seen by all rows of the warpgroup.
-  const int32_t all_from = work.seen(p.op, group * 64 + 63).begin, all_to = work.seen(p.op, group * 64).end;
+  const int32_t all_from = work.seen(p, group * 64 + 63).begin, all_to = work.seen(p, group * 64).end;
   bring_queries<C>(p, work, group, warp, lane, own);
   wgmma_fence_shared();
   named_barrier_wait(own_barrier, 128);
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #ifdef LIVEVLM_SM90A
   LIVEVLM_TILE_MEMORY(memory);
   if constexpr (C::kGathers) {
-    let_next_kernel_start();
     wait_for_previous_kernels();
+    let_next_kernel_start();  // combine_splits_kernel relies on this order
   }
   // In shared memory: there are no registers for it while products run.
   TileWork& work = *reinterpret_cast<TileWork*>(memory + C::kWorkAt);

@@ -37,7 +37,7 @@ void dispatch_tiles(const BlockAttention& op, Body body) {
 // Sequences with at most so many rows have splits, and their blocks gather tiles; others share images. So the
 // choice follows from the sequence alone.
 inline int32_t gathered_rows(const AttentionKernel& kernel) {
-  return std::max(kernel.most_splits / 4, 1) * kManyRows;  // see splits_of_rows
+  return std::max(kernel.most_splits / 2, 1) * kManyRows;  // see splits_of_rows
 }
 
 // Whether a sequence may have more.

@@ -59,11 +59,11 @@ void launch_many([[maybe_unused]] AttentionKernel kernel, [[maybe_unused]] void*
 #endif
 }
 
-// Splits keep a GPU busy with a single sequence: a warp for each of their parts, two thread blocks a
-// multiprocessor. Their number must not follow from the batch, nor from how wide the table is. A power of
-// two: warps combine them in turns.
+// Splits keep a GPU busy with a single sequence: a thread block a multiprocessor, a warp for each part. Their
+// number must not follow from the batch, nor from how wide the table is. A power of two: warps combine them
+// in turns.
 int32_t most_splits(const BlockAttention& op) {
-  const int64_t busy = 2 * device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
+  const int64_t busy = device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
   int32_t splits = 1;
   while (splits * 2 <= busy) splits *= 2;
   return splits;
@@ -73,13 +73,12 @@ int32_t most_splits(const BlockAttention& op) {
 void plan_tiles(AttentionKernel& kernel) {
   const BlockAttention& op = kernel.op;
   int64_t tiles = op.total_q * op.group_size / kernel.tile_rows + op.batch;
-  kernel.tiles_each = 0;
+  kernel.tile_a_query = op.group_size <= kernel.tile_rows && op.total_q < tiles;
   if (!op.cu_seqlens_q) {
-    kernel.tiles_each =
-        static_cast<int32_t>(ceil_div(op.total_q / op.batch * op.group_size, kernel.tile_rows));
-    tiles = kernel.tiles_each * op.batch;
-  } else if (op.group_size <= kernel.tile_rows && op.total_q < tiles) {
-    kernel.tiles_each = 1;
+    const int64_t each = ceil_div(op.total_q / op.batch * op.group_size, kernel.tile_rows);
+    kernel.tiles_each = Divisor(each);
+    tiles = each * op.batch;
+  } else if (kernel.tile_a_query) {
     tiles = op.total_q;
   }
   kernel.num_tiles = static_cast<int32_t>(tiles);
@@ -91,15 +90,22 @@ double fullness(int64_t warps, int64_t multiprocessors) {
   return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, at_once) * at_once);
 }
 
+// Whether a thread block's shared memory is there.
+template <WarpWork kWork>
+bool fits(int64_t head_dim) {
+  const int bytes = head_dim <= 64 ? kFewWarpBytes<64, kWork> : kFewWarpBytes<128, kWork>;
+  return kFewWarps<kWork> * bytes <= max_shared_bytes();
+}
+
 // What keeps the GPU busy, if sequences are as long as their tables: see WarpWork.
 WarpWork warp_work(const AttentionKernel& kernel) {
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
   const int64_t steps = ceil_div(kernel.op.max_blocks * kernel.op.block_size, kStepKeys);
-  const int64_t each = ceil_div(steps, int64_t{kernel.most_splits} * kParts);  // of a part
+  const int64_t each = ceil_div(steps, kernel.most_parts.value);  // of a part
   const int64_t splits = ceil_div(steps, each * kParts), tiles = kernel.num_tiles * kernel.op.num_heads;
-  if (tiles * splits < 3 * multiprocessors) return WarpWork::kPart;
-  constexpr int kBytes = kFewWarps<WarpWork::kSplits> * kFewWarpBytes<128, WarpWork::kSplits>;
-  if (kBytes > max_shared_bytes()) return WarpWork::kSplit;
+  if (tiles * splits < 3 * multiprocessors && fits<WarpWork::kPart>(kernel.op.head_dim))
+    return WarpWork::kPart;
+  if (!fits<WarpWork::kSplits>(kernel.op.head_dim)) return WarpWork::kSplit;
   const double many = fullness(tiles * ceil_div(splits, kTogether), multiprocessors);
   return many > 0.9 || many > fullness(tiles * splits, multiprocessors) ? WarpWork::kSplits
                                                                         : WarpWork::kSplit;
@@ -124,15 +130,19 @@ int64_t plan_found(AttentionKernel& kernel) {
   }
   // Many rows have few splits.
   const int64_t region = std::max<int64_t>(int64_t{kernel.most_splits} * kManyRows, rows);
-  kernel.found_region = op.batch * region < rows * kernel.num_found ? region : 0;
-  return std::min(op.batch * region, rows * kernel.num_found);
+  const int64_t packed = rows * kernel.num_found.value;
+  kernel.found_region = op.batch * region < packed ? region : 0;
+  return std::min(op.batch * region, packed);
 }
 
 Plan plan(const BlockAttention& op, char* workspace) {
   Plan plan{};
   AttentionKernel& kernel = plan.kernel;
   kernel.op = op;
-  kernel.block_size = Divisor(op.block_size);
+  kernel.block_size = Divisor(op.block_size), kernel.num_heads = Divisor(op.num_heads);
+  kernel.group_size = Divisor(op.group_size), kernel.num_qo_heads = Divisor(op.num_heads * op.group_size);
+  kernel.queries_each = Divisor(op.cu_seqlens_q ? 1 : op.total_q / op.batch);
+  kernel.most_keys = static_cast<int32_t>(std::min(op.max_blocks * op.block_size, kMostKeys));
   if (uses_mma(op)) {
     kernel.k_block = static_cast<uint32_t>(op.k.stride_batch / 8);
     kernel.k_slot = static_cast<uint32_t>(op.k.stride_token / 8);
@@ -144,16 +154,18 @@ Plan plan(const BlockAttention& op, char* workspace) {
   plan.many = uses_tiles(op) && rows > kFewest;
   plan.few = op.cu_seqlens_q || !plan.many;
   kernel.min_rows = 1, kernel.max_rows = plan.many ? kFewest : INT32_MAX;
+  kernel.many_apart = plan.many;
   kernel.tile_rows = uses_mma(op) ? kFewRows : kFmaRows;
   plan_tiles(kernel);
   kernel.most_splits = most_splits(op);
+  kernel.most_parts = Divisor(int64_t{kernel.most_splits} * kParts);
   kernel.num_splits = static_cast<int32_t>(
       std::min<int64_t>(kernel.most_splits, ceil_div(op.max_blocks * op.block_size, kStepKeys * kParts)));
   plan.work = warp_work(kernel);
   // Kernels for other rows write what they find split by split.
   if (plan.many && plan.work == WarpWork::kSplits) plan.work = WarpWork::kSplit;
   kernel.together = uses_mma(op) && plan.work == WarpWork::kSplits ? kTogether : 1;
-  kernel.num_found = static_cast<int32_t>(ceil_div(kernel.num_splits, kernel.together));
+  kernel.num_found = Divisor(ceil_div(kernel.num_splits, kernel.together));
   const int64_t found = plan_found(kernel) * op.num_heads;
   kernel.found_out = reinterpret_cast<float*>(workspace);
   const int64_t out_bytes = ceil_div(found * op.head_dim * 4, 16) * 16;
@@ -167,7 +179,7 @@ template <typename T, int kDim, typename Angle, WarpWork kWork>
 void launch_mma(const AttentionKernel& kernel, cudaStream_t stream) {
   constexpr int kWarps = kFewWarps<kWork>,
                 kItems = kWork == WarpWork::kPart ? 1 : kWarps;  // of a thread block
-  const int64_t items = int64_t{kernel.num_tiles} * kernel.op.num_heads * kernel.num_found;
+  const int64_t items = int64_t{kernel.num_tiles} * kernel.op.num_heads * kernel.num_found.value;
   launch_overlapping(attend_mma_kernel<T, kDim, Angle, kWork>, grid_of(ceil_div(items, kItems)), 32 * kWarps,
                      kWarps * kFewWarpBytes<kDim, kWork>, stream, kernel, "block_attention");
 }
@@ -200,6 +212,18 @@ void launch_fma(const AttentionKernel& kernel, cudaStream_t stream) {
                      kFmaAttentionThreads, shared, stream, kernel, "block_attention");
 }
 
+// A GPU is full of rows long before each has a thread block.
+template <typename T, int kEach>
+void launch_combine(const AttentionKernel& kernel, cudaStream_t stream) {
+  const int64_t rows = kernel.op.total_q * kernel.num_qo_heads.value;
+  const bool few = rows <= 4 * device_attribute(cudaDevAttrMultiProcessorCount);
+  dispatch_bool(few, [&](auto warp_each) {
+    launch_overlapping(combine_splits_kernel<T, kEach, decltype(warp_each)::value>,
+                       grid_of(few ? rows : ceil_div(rows, kStripes)), kCombineThreads, 0, stream, kernel,
+                       "block_attention: splits");
+  });
+}
+
 }  // namespace
 
 int64_t block_attention_workspace(const BlockAttention& op) {
@@ -223,10 +247,8 @@ void block_attention_cuda(const BlockAttention& op, void* workspace, void* strea
     } else if (splits_of_rows(kernel, op.total_q / op.batch * op.group_size) == 1) {
       return;  // all rows are finished
     }
-    const auto combine =
-        kernel.together == 1 ? combine_splits_kernel<T, kTogether> : combine_splits_kernel<T, 1>;
-    launch_overlapping(combine, grid_of(op.total_q * op.num_heads * op.group_size), kCombineThreads, 0,
-                       cuda_stream, kernel, "block_attention: splits");
+    kernel.together == 1 ? launch_combine<T, kTogether>(kernel, cuda_stream)
+                         : launch_combine<T, 1>(kernel, cuda_stream);
   });
 }
 

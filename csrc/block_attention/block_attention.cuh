@@ -32,16 +32,21 @@ struct Divisor {
 
 struct AttentionKernel {
   BlockAttention op;
-  Divisor block_size;
+  Divisor block_size, num_heads, group_size, num_qo_heads;
+  Divisor queries_each;        // of a sequence, without cu_seqlens_q
+  Divisor most_parts;          // most_splits * kParts
+  int32_t most_keys;           // that a table has room for
   float scale;                 // sm_scale in units of log 2
   int32_t min_rows, max_rows;  // of a KV head: other sequences are left to another kernel
   int32_t tile_rows;
   int32_t num_tiles;    // of a KV head, at most
-  int32_t tiles_each;   // of a sequence; with cu_seqlens_q: 1 if it has at most one for each query, else 0
+  Divisor tiles_each;   // of a sequence, without cu_seqlens_q
+  bool tile_a_query;    // with cu_seqlens_q: a sequence has at most one tile for each query
   int32_t most_splits;  // that a sequence is cut into
   int32_t num_splits;   // of these, as many as can have keys
   int32_t together;     // neighbouring splits that are merged where they are found: 1 or kTogether
-  int32_t num_found;    // of a sequence: num_splits / together, rounded up
+  Divisor num_found;    // of a sequence of few rows: num_splits / together, rounded up
+  bool many_apart;      // sequences of many rows have a kernel of their own
   uint32_t k_block, k_slot, v_block, v_slot;  // strides in pieces of 16 bytes, if keys and values have such
   int64_t found_region;                       // see found_at()
   float* found_out;                           // [head_dim] each, relative to the top
@@ -50,7 +55,10 @@ struct AttentionKernel {
 
 // Keys of a step of a warp, and parts of a split: what is found in these is merged one after the other, and
 // then that of kTogether neighbouring splits.
-inline constexpr int kStepKeys = 16, kParts = 4, kTogether = 8;
+inline constexpr int kStepKeys = 16, kParts = 8, kTogether = 4;
+
+// No more of a sequence's keys are seen, so that numbers of keys fit 32 bits with some room.
+inline constexpr int64_t kMostKeys = int64_t{1} << 30;
 
 // Rows of a KV head that keep a thread block busy.
 inline constexpr int kManyRows = 128;
@@ -61,33 +69,35 @@ inline constexpr int32_t kFewest = 32;
 // Splits of a sequence: many rows need few of them to keep a GPU busy.
 __host__ __device__ inline int64_t splits_of_rows(const AttentionKernel& p, int64_t rows) {
   if (rows <= kFewest) return p.most_splits;
-  const int64_t tiles = (rows + kManyRows - 1) / kManyRows * 2;
+  const int64_t tiles = (rows + kManyRows - 1) / kManyRows;
   return p.most_splits > tiles ? p.most_splits / tiles : 1;
 }
 
 // No key yet: below every logit.
 inline constexpr float kNoTop = -1e30f;
 
-// A range of keys or splits.
+// A range of keys.
 struct Range {
   int32_t begin, end;
+};
+
+// How the keys of a sequence are cut: the first key of split 0, and how many keys a part and a split have.
+struct Cut {
+  int32_t first, part, split;
 };
 
 struct Sequence {
   int32_t index, first_query, num_queries, num_keys;
 
-  __device__ __forceinline__ Sequence(const BlockAttention& op, int32_t index) : index(index) {
-    const auto total = static_cast<int32_t>(op.total_q), batch = static_cast<int32_t>(op.batch);
-    first_query = start_of(op, index, total, batch);
-    num_queries = max(0, start_of(op, index + 1, total, batch) - first_query);
-    const int64_t room = op.max_blocks * op.block_size;
-    num_keys = static_cast<int32_t>(max(int64_t{0}, min(int64_t{op.seq_lens[index]}, room)));
+  __device__ __forceinline__ Sequence(const AttentionKernel& p, int32_t index) : index(index) {
+    first_query = start_of(p, index);
+    num_queries = max(0, start_of(p, index + 1) - first_query);
+    num_keys = max(0, min(p.op.seq_lens[index], p.most_keys));
   }
 
-  static __device__ __forceinline__ int32_t start_of(const BlockAttention& op, int32_t index, int32_t total,
-                                                     int32_t batch) {
-    if (!op.cu_seqlens_q) return index * (total / batch);
-    return max(0, min(op.cu_seqlens_q[index], total));
+  static __device__ __forceinline__ int32_t start_of(const AttentionKernel& p, int32_t index) {
+    if (!p.op.cu_seqlens_q) return index * static_cast<int32_t>(p.queries_each.value);
+    return max(0, min(p.op.cu_seqlens_q[index], static_cast<int32_t>(p.op.total_q)));
   }
 
   __device__ __forceinline__ int32_t num_rows(const BlockAttention& op) const {
@@ -106,19 +116,20 @@ struct Sequence {
     return static_cast<int32_t>(splits_of_rows(p, num_rows(p.op)));
   }
 
-  // The cut into splits, each of kParts parts: the first key of split 0, and how many keys a part has.
-  __device__ __forceinline__ int2 cut(const AttentionKernel& p) const {
+  __device__ __forceinline__ Cut cut(const AttentionKernel& p) const {
     const int32_t first = seen(p.op, 0).begin, steps = (max(1, num_keys - first) + kStepKeys - 1) / kStepKeys;
-    const int32_t parts = most_splits(p) * kParts;
-    return make_int2(first, (steps + parts - 1) / parts * kStepKeys);
-  }
-
-  // The parts that hold any of these keys.
-  __device__ __forceinline__ Range parts_of(const AttentionKernel& p, const Range& keys) const {
-    if (keys.begin >= keys.end) return {0, 0};
-    const int2 first_and_size = cut(p);
-    return {(keys.begin - first_and_size.x) / first_and_size.y,
-            (keys.end - 1 - first_and_size.x) / first_and_size.y + 1};
+    const int32_t rows = num_rows(p.op);
+    if (rows <= kFewest) {
+      const auto part = static_cast<int32_t>(p.most_parts.quotient(steps + p.most_parts.value - 1));
+      return {first, part * kStepKeys, part * (kStepKeys * kParts)};
+    }
+    const int32_t splits = most_splits(p);
+    if (p.many_apart) {  // no parts; a split as small as can be when num_splits is counted
+      const int32_t split = max((steps + splits - 1) / splits, kParts) * kStepKeys;
+      return {first, split, split};
+    }
+    const int32_t part = (steps + splits * kParts - 1) / (splits * kParts) * kStepKeys;
+    return {first, part, part * kParts};
   }
 };
 
@@ -130,33 +141,36 @@ struct RowTile {
 
   __device__ __forceinline__ RowTile(const AttentionKernel& p, const Sequence& sequence, int32_t number)
       : sequence(sequence), keys{0, 0} {
-    const auto group = static_cast<int32_t>(p.op.group_size);
     const int32_t rows = sequence.num_rows(p.op);
     first_row = min(number * p.tile_rows, rows);
     num_rows = min(rows - first_row, p.tile_rows);
     if (rows < p.min_rows || rows > p.max_rows) num_rows = 0;
     if (num_rows > 0) {
-      keys.begin = sequence.seen(p.op, first_row / group).begin;
-      keys.end = max(keys.begin, sequence.seen(p.op, (first_row + num_rows - 1) / group).end);
+      keys.begin = seen(p, 0).begin;
+      keys.end = max(keys.begin, seen(p, num_rows - 1).end);
     }
   }
 
-  __device__ __forceinline__ Range seen(const BlockAttention& op, int32_t row) const {
-    return sequence.seen(op, (first_row + row) / static_cast<int32_t>(op.group_size));
+  // Its query, counted in the sequence.
+  __device__ __forceinline__ int32_t query_of(const AttentionKernel& p, int32_t row) const {
+    return static_cast<int32_t>(p.group_size.quotient(first_row + row));
+  }
+
+  __device__ __forceinline__ Range seen(const AttentionKernel& p, int32_t row) const {
+    return sequence.seen(p.op, query_of(p, row));
   }
 
   // The keys of a split that the tile sees.
   __device__ __forceinline__ Range keys_of(const AttentionKernel& p, int32_t split) const {
-    const int2 cut = sequence.cut(p);
-    const int32_t size = cut.y * kParts, first = cut.x + split * size;
-    return {max(keys.begin, first), min(keys.end, first + size)};
+    const Cut cut = sequence.cut(p);
+    const int32_t first = cut.first + split * cut.split;
+    return {max(keys.begin, first), min(keys.end, first + cut.split)};
   }
 
   // Row of q, out and lse, counted over all query heads.
-  __device__ __forceinline__ int64_t flat_row(const BlockAttention& op, int64_t head, int32_t row) const {
-    const auto group = static_cast<int32_t>(op.group_size);
-    const int32_t query = (first_row + row) / group;
-    return (int64_t{sequence.first_query} + query) * (op.num_heads * op.group_size) + head * op.group_size +
+  __device__ __forceinline__ int64_t flat_row(const AttentionKernel& p, int64_t head, int32_t row) const {
+    const int32_t query = query_of(p, row), group = static_cast<int32_t>(p.op.group_size);
+    return (int64_t{sequence.first_query} + query) * p.num_qo_heads.value + head * group +
            (first_row + row - query * group);
   }
 };
@@ -182,36 +196,36 @@ __device__ __forceinline__ int32_t last_at_most(const BlockAttention& op, int32_
 // found_region the sequences' places follow from how many queries are before them, else each has a region.
 __device__ __forceinline__ int64_t found_at(const AttentionKernel& p, const Sequence& sequence, int64_t head,
                                             int32_t row, int32_t found) {
-  const int64_t start =
-      p.found_region ? sequence.index * p.found_region : sequence.first_query * p.op.group_size * p.num_found;
-  const int64_t splits = min(sequence.most_splits(p), p.num_splits);
-  return (start + row * ((splits + p.together - 1) / p.together) + found) * p.op.num_heads + head;
+  const int64_t start = p.found_region ? sequence.index * p.found_region
+                                       : sequence.first_query * p.op.group_size * int64_t{p.num_found.value};
+  int64_t each = p.num_found.value;
+  if (sequence.num_rows(p.op) > kFewest)
+    each = (min(sequence.most_splits(p), p.num_splits) + p.together - 1) / p.together;
+  return (start + row * each + found) * p.op.num_heads + head;
 }
 
 // Tile `number` of a KV head. With cu_seqlens_q, sequence i owns the numbers from
 // cu_seqlens_q[i] * group_size / tile_rows + i on, or from cu_seqlens_q[i] on if that is tighter: at least as
 // many as it has tiles, and found without adding up those of the sequences before.
 __device__ __forceinline__ RowTile tile_of(const AttentionKernel& p, int32_t number) {
-  const auto total = static_cast<int32_t>(p.op.total_q), batch = static_cast<int32_t>(p.op.batch);
   if (!p.op.cu_seqlens_q) {
-    const int32_t index = number / p.tiles_each;
-    return RowTile(p, Sequence(p.op, index), number - index * p.tiles_each);
+    const auto index = static_cast<int32_t>(p.tiles_each.quotient(number));
+    return RowTile(p, Sequence(p, index), number - index * static_cast<int32_t>(p.tiles_each.value));
   }
   const auto group = static_cast<int32_t>(p.op.group_size);
   const auto first_of = [&](int32_t index) {
-    const int32_t query = Sequence::start_of(p.op, index, total, batch);
-    return p.tiles_each ? query : query * group / p.tile_rows + index;
+    const int32_t query = Sequence::start_of(p, index);
+    return p.tile_a_query ? query : query * group / p.tile_rows + index;
   };
   const int32_t index = last_at_most(p.op, number, first_of);
-  return RowTile(p, Sequence(p.op, index), number - first_of(index));
+  return RowTile(p, Sequence(p, index), number - first_of(index));
 }
 
 // The sequence that a query belongs to. Of no sequence: num_queries is 0.
-__device__ __forceinline__ Sequence sequence_of(const BlockAttention& op, int32_t query) {
-  const auto total = static_cast<int32_t>(op.total_q), batch = static_cast<int32_t>(op.batch);
-  if (!op.cu_seqlens_q) return Sequence(op, query / (total / batch));
-  const auto first_of = [&](int32_t index) { return Sequence::start_of(op, index, total, batch); };
-  Sequence sequence(op, last_at_most(op, query, first_of));
+__device__ __forceinline__ Sequence sequence_of(const AttentionKernel& p, int32_t query) {
+  if (!p.op.cu_seqlens_q) return Sequence(p, static_cast<int32_t>(p.queries_each.quotient(query)));
+  const auto first_of = [&](int32_t index) { return Sequence::start_of(p, index); };
+  Sequence sequence(p, last_at_most(p.op, query, first_of));
   if (query < sequence.first_query || query >= sequence.first_query + sequence.num_queries)
     sequence.num_queries = 0;
   return sequence;
@@ -226,30 +240,45 @@ __device__ __forceinline__ int64_t angle_row(const BlockAttention& op, int64_t p
   return max(int64_t{0}, min(position, op.max_position - 1));
 }
 
-// A key's place in the pool, and the row of the table that it is rotated by. block < 0: nothing to see.
+// A key's place in the pool. block < 0: outside of it.
+struct KeySlot {
+  int32_t block, slot;
+};
+
+// Of key `key` in table order; there is nothing from `end` on.
+__device__ __forceinline__ KeySlot slot_of(const AttentionKernel& p, const int32_t* table, int32_t key,
+                                           int32_t end) {
+  if (key >= end) return {-1, 0};
+  const uint32_t entry = p.block_size.quotient(static_cast<uint32_t>(key));
+  const int32_t block = table[entry];
+  if (static_cast<uint32_t>(block) >= static_cast<uint64_t>(p.op.num_blocks)) return {-1, 0};
+  return {block, static_cast<int32_t>(static_cast<uint32_t>(key) - entry * p.block_size.value)};
+}
+
+// The row of the table of angles that a key is rotated by. Negative: its slot is empty.
+__device__ __forceinline__ int32_t angles_of(const BlockAttention& op, const KeySlot& place, int32_t key) {
+  int64_t position = key;
+  if (op.positions) {
+    const int64_t at = place.block * op.block_size + place.slot;
+    const int64_t own = op.positions_int64 ? static_cast<const int64_t*>(op.positions)[at]
+                                           : static_cast<const int32_t*>(op.positions)[at];
+    if (own < 0) return -1;
+    if (!op.packed) position = own;
+  }
+  return static_cast<int32_t>(angle_row(op, position));
+}
+
+// Both. block < 0: nothing to see.
 struct KeyPlace {
   int32_t block, slot, angles;
 };
 
-// Of key `key` in table order; there is nothing to see from `end` on.
 __device__ __forceinline__ KeyPlace place_of(const AttentionKernel& p, const int32_t* table, int32_t key,
                                              int32_t end) {
-  const BlockAttention& op = p.op;
-  const KeyPlace nothing{-1, 0, 0};
-  if (key >= end) return nothing;
-  const uint32_t entry = p.block_size.quotient(static_cast<uint32_t>(key));
-  const uint32_t slot = static_cast<uint32_t>(key) - entry * p.block_size.value;
-  const int32_t block = table[entry];
-  if (static_cast<uint32_t>(block) >= static_cast<uint64_t>(op.num_blocks)) return nothing;
-  int64_t position = key;
-  if (op.positions) {
-    const int64_t at = block * op.block_size + slot;
-    const int64_t own = op.positions_int64 ? static_cast<const int64_t*>(op.positions)[at]
-                                           : static_cast<const int32_t*>(op.positions)[at];
-    if (own < 0) return nothing;
-    if (!op.packed) position = own;
-  }
-  return {block, static_cast<int32_t>(slot), static_cast<int32_t>(angle_row(op, position))};
+  const KeySlot at = slot_of(p, table, key, end);
+  if (at.block < 0) return {-1, 0, 0};
+  const int32_t angles = angles_of(p.op, at, key);
+  return angles < 0 ? KeyPlace{-1, 0, 0} : KeyPlace{at.block, at.slot, angles};
 }
 
 __device__ __forceinline__ int64_t query_position(const BlockAttention& op, int64_t query) {

@@ -16,7 +16,9 @@ struct MergeFactors {
         one(exp2_approx(one_top - top)),
         other(exp2_approx(other_top - top)) {}
 
-  __device__ __forceinline__ float merged(float a, float b) const {
+  __device__ __forceinline__ float merged(float a, float b) const { return merged(one, a, other, b); }
+
+  static __device__ __forceinline__ float merged(float one, float a, float other, float b) {
     return fmaf(other, b, __fmul_rn(one, a));
   }
 };

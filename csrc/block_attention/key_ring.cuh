@@ -25,11 +25,23 @@ __device__ __forceinline__ uint32_t lane_again() {
   return lane;
 }
 
-// Where a key and its value lie, in pieces of 16 bytes from their head's start; and its row of angles.
+// Where a key and its value lie, in pieces of 16 bytes from their head's start; and its row of angles. These
+// come from another load, for which keys and values do not wait: an empty slot's are brought, too.
 struct KeyPieces {
   static constexpr uint32_t kNothing = ~0u;
-  uint32_t k, v;  // kNothing: there is nothing to see
-  int32_t angles;
+  uint32_t k, v;   // kNothing: outside of the pool, or not seen
+  int32_t angles;  // negative: an empty slot
+};
+
+// Which of 16 keys are there, and which have a place in the pool that is empty; a bit each.
+struct KeyBits {
+  uint32_t present, empty;
+
+  __device__ __forceinline__ explicit KeyBits(const KeyPieces& own) {
+    const bool somewhere = own.k != KeyPieces::kNothing;
+    present = __ballot_sync(~0u, somewhere && own.angles >= 0) & 0xffff;
+    empty = __ballot_sync(~0u, somewhere && own.angles < 0) & 0xffff;
+  }
 };
 
 template <typename T, int kDim>
@@ -40,11 +52,10 @@ struct KeyRing {
 
   const AttentionKernel& p;
   const int32_t* table;
-  const T *k, *v;  // of the head, and the lane's piece of a row
-  char* memory;    // of the warp
-  int32_t end;
-  KeyPieces own;        // key lane % 16 of the next step to be brought
-  uint32_t present[2];  // bit i: key i of a step is there
+  const T *k, *v;      // of the head, and the lane's piece of a row
+  char* memory;        // of the warp
+  int32_t begin, end;  // of the keys that are seen
+  KeyPieces own;       // key lane % 16 of the next step to be brought
 
   __device__ __forceinline__ KeyRing(const AttentionKernel& p, const RowTile& tile, int64_t head, int32_t end,
                                      char* memory)
@@ -53,25 +64,31 @@ struct KeyRing {
         k(static_cast<const T*>(p.op.k.data) + head * p.op.k.stride_head + threadIdx.x % kPieces * 8),
         v(static_cast<const T*>(p.op.v.data) + head * p.op.v.stride_head + threadIdx.x % kPieces * 8),
         memory(memory),
+        begin(tile.keys.begin),
         end(end) {
     asm volatile("" : "+l"(k), "+l"(v));  // computed once
   }
 
   __device__ __forceinline__ void look_up(int32_t first) {
-    const KeyPlace place = place_of(p, table, first + static_cast<int>(threadIdx.x) % kStepKeys, end);
-    const auto block = static_cast<uint32_t>(place.block), slot = static_cast<uint32_t>(place.slot);
-    own = {block * p.k_block + slot * p.k_slot, block * p.v_block + slot * p.v_slot, place.angles};
-    if (place.block < 0) own.k = KeyPieces::kNothing, own.v = 0;
+    const int32_t key = first + static_cast<int>(threadIdx.x) % kStepKeys;
+    const KeySlot at = slot_of(p, table, key, end);
+    own = {KeyPieces::kNothing, 0, 0};
+    if (at.block < 0 || key < begin) return;
+    const auto block = static_cast<uint32_t>(at.block), slot = static_cast<uint32_t>(at.slot);
+    own = {block * p.k_block + slot * p.k_slot, block * p.v_block + slot * p.v_slot,
+           angles_of(p.op, at, key)};
   }
 
-  // Brings the 16 keys last looked up. Those that are not there become zeros; what is in their place is not
-  // read.
-  __device__ __forceinline__ void bring(int step) {
+  // Brings the 16 keys last looked up, from key `first` on; zeros for those that are nowhere. A group of
+  // copies in any case.
+  __device__ __forceinline__ void bring(int step, int32_t first) {
+    if (first < end) copy(step);
+    cp_async_commit();
+  }
+
+  __device__ __forceinline__ void copy(int step) {
     const uint32_t lane = lane_again();
     char* const target = memory + step * kStepBytes;
-    const uint32_t bits = __ballot_sync(~0u, own.k != KeyPieces::kNothing) & 0xffff;
-    present[0] = step ? present[0] : bits,
-    present[1] = step ? bits : present[1];  // an index would need memory
     const uint32_t piece = lane % kPieces;
 #pragma unroll
     for (uint32_t i = 0; i < kStepKeys / kRows; ++i) {
@@ -83,7 +100,15 @@ struct KeyRing {
     }
   }
 
-  __device__ __forceinline__ uint32_t present_at(int step) const { return step ? present[1] : present[0]; }
+  // Values in empty slots become zeros, so that they do not matter. Bit i of `empty`: key i.
+  __device__ __forceinline__ void clear_values(int step, uint32_t empty) const {
+    const uint32_t lane = lane_again();
+    char* const values = memory + step * kStepBytes + kValues;
+    for (uint32_t i = lane; i < kStepKeys * kPieces; i += 32) {
+      if (empty >> i / kPieces & 1) *reinterpret_cast<uint4*>(values + i * 16) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+  }
 
   // Key lane / 4 + 8 * `upper`, in pieces of 8 elements, 32 apart, the first from lane % 4 * 8 on.
   __device__ __forceinline__ void key(int step, int upper, uint4 (&words)[kDim / 32]) const {

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kImageThreads, 4)
   const auto heads = static_cast<uint32_t>(op.num_heads), max_tiles = static_cast<uint32_t>(p.max_tiles);
   const uint32_t unit = blockIdx.x / max_tiles;
   const auto tile = static_cast<int32_t>(blockIdx.x % max_tiles), head = static_cast<int32_t>(unit % heads);
-  const Sequence sequence(op, static_cast<int32_t>(unit / heads));
+  const Sequence sequence(p, static_cast<int32_t>(unit / heads));
   const int64_t rows = sequence.num_rows(op);
   if (rows == 0 || rows < p.min_rows || rows > p.max_rows) return;         // left to another kernel
   const int32_t begin = sequence.seen(op, 0).begin, first = tile * kKeys;  // before a window: not seen

@@ -94,8 +94,8 @@ struct TileWork {
   }
 
   // Keys of the split that a row of the tile sees; past the last row, those of the last.
-  __device__ __forceinline__ Range seen(const BlockAttention& op, int32_t row) const {
-    const Range of_row = tile.seen(op, min(row, tile.num_rows - 1));
+  __device__ __forceinline__ Range seen(const AttentionKernel& p, int32_t row) const {
+    const Range of_row = tile.seen(p, min(row, tile.num_rows - 1));
     return {max(of_row.begin, keys.begin), min(of_row.end, keys.end)};
   }
 
@@ -109,15 +109,14 @@ struct TileWork {
     static __device__ __forceinline__ Item find(const TileAttention& p, int32_t item) {
       if (!p.op.cu_seqlens_q) {
         const int32_t each = p.num_items / static_cast<int32_t>(p.op.batch), index = item / each;
-        return {Sequence(p.op, index), item - index * each};
+        return {Sequence(p, index), item - index * each};
       }
-      const auto total = static_cast<int32_t>(p.op.total_q), batch = static_cast<int32_t>(p.op.batch);
       const auto first_of = [&](int32_t index) {
-        const int32_t query = Sequence::start_of(p.op, index, total, batch);
+        const int32_t query = Sequence::start_of(p, index);
         return query * static_cast<int32_t>(p.op.group_size) / p.tile_rows + index * (1 + p.most_splits);
       };
       const int32_t index = last_at_most(p.op, item, first_of);
-      return {Sequence(p.op, index), item - first_of(index)};
+      return {Sequence(p, index), item - first_of(index)};
     }
   };
 
@@ -226,7 +225,7 @@ __device__ __forceinline__ void store_rows(const TileAttention& p, const TileWor
     scale[r] = total == 0.0f ? 0.0f : 1.0f / total;
     const int32_t number = first + lane / 4 + r * 8;
     if (number >= work.tile.num_rows) continue;
-    const int64_t row = work.tile.flat_row(p.op, work.head, number);
+    const int64_t row = work.tile.flat_row(p, work.head, number);
     if (work.has_splits) {
       const int64_t at = found_at(p, work.tile.sequence, work.head, work.tile.first_row + number, work.split);
       float* const target = p.found_out + at * C::kDim + lane % 4 * 2;
@@ -257,7 +256,7 @@ __device__ __forceinline__ void store_rows(const TileAttention& p, const TileWor
   for (int i = 0; i < 16 * kPieces / 32; ++i) {
     const int row = (i * 32 + lane) / kPieces, piece = lane % kPieces;
     if (first + row >= work.tile.num_rows) continue;
-    const int64_t to = work.tile.flat_row(p.op, work.head, first + row);
+    const int64_t to = work.tile.flat_row(p, work.head, first + row);
     *reinterpret_cast<uint4*>(static_cast<T*>(p.op.out) + to * C::kDim + piece * 8) =
         *reinterpret_cast<const uint4*>(staged + (row * kPieces + (piece ^ row % 8)) * 16);
   }

@@ -21,6 +21,7 @@ using emu::load_acquire;
 using emu::max_or_nan;
 using emu::min_or_nan;
 using emu::mma_m16n8k16;
+using emu::prefetch_l2;
 using emu::store_release;
 using emu::transpose_8x8;
 using emu::wait_for_previous_kernels;
@@ -28,8 +29,9 @@ using emu::wait_for_previous_kernels;
 
 // For kernels that `launch_overlapping` starts before those ahead of them have ended. Until
 // wait_for_previous_kernels() returns, such a kernel must not write, and may read only what none of those
-// writes. All its blocks must call it, or the kernel after it would not wait for those ahead. Does nothing in
-// other kernels, and before sm_90.
+// writes; or, if the kernel before it calls this ahead of let_next_kernel_start(), only what that one does
+// not write. All its blocks must call it, or the kernel after it would not wait for those ahead. Does nothing
+// in other kernels, and before sm_90.
 __device__ __forceinline__ void wait_for_previous_kernels() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -41,6 +43,11 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Asks for the line of memory that holds an address, and does not wait for it.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // Flags between thread blocks. Loads and stores before a release are seen by whoever acquires its value.

@@ -223,6 +223,8 @@ inline uint32_t atomic_add_release(uint32_t* counter, uint32_t value) {
 inline void wait_for_previous_kernels() {}
 inline void let_next_kernel_start() {}
 
+inline void prefetch_l2(const void*) {}
+
 // Copies happen when they are waited for; until then the target holds NaN bits.
 void cp_async16(void* shared, const void* global, bool valid);
 void cp_async_commit();
