@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_same_answers_and_evidence(backend: str, device: str) -> None:
             stream.push(video.frames)
             answers.append([stream.ask(question.text) for question in video.questions(8, seed=1)])
     assert [str(a) for a in answers[:2]] == [str(a) for a in answers[2:]]
-    for one, other in zip(sum(answers[:2], []), sum(answers[2:], []), strict=True):
+    for one, other in zip(chain(*answers[:2]), chain(*answers[2:]), strict=True):
         # Which frame comes last may be a matter of rounding, how much it is attended to not.
         assert one.evidence[0].frame == other.evidence[0].frame
         assert [e.weight for e in one.evidence] == pytest.approx([e.weight for e in other.evidence], abs=0.01)
