@@ -45,6 +45,15 @@ struct Angles8 {
     for (int i = 0; i < kWide; ++i) cosine[i] = __ldg(low + i), sine[i] = __ldg(high + i);
   }
 
+  // Of a row in shared memory.
+  __device__ __forceinline__ void load_shared(const void* row, int dims, int first) {
+    const char* const angles = static_cast<const char*>(row);
+    const auto* low = reinterpret_cast<const uint4*>(angles + first * Angle::kBytes);
+    const auto* high = reinterpret_cast<const uint4*>(angles + (first + dims / 2) * Angle::kBytes);
+#pragma unroll
+    for (int i = 0; i < kWide; ++i) cosine[i] = low[i], sine[i] = high[i];
+  }
+
   // Keeps the compiler from widening them before `word` is computed, in registers that it does not have.
   __device__ __forceinline__ void widen_after(uint32_t& word) {
 #pragma unroll

@@ -47,32 +47,49 @@ __device__ __forceinline__ void bring_tiles(const TileAttention& p, const TileWo
   }
 }
 
-// A warp brings its 16 of the warpgroup's 64 rows, as the image of a tile, rotated if that is still to be
-// done.
+// A warp brings its 16 of the warpgroup's 64 rows, as the image of a tile.
 template <typename C>
 __device__ __forceinline__ void bring_queries(const TileAttention& p, const TileWork& work, int group,
                                               int warp, int lane, unsigned char* image) {
   using T = typename C::T;
-  constexpr int kPieces = C::kDim / 16;
+  constexpr int kPieces = C::kDim / 8;
   const BlockAttention& op = p.op;
-  const auto size = static_cast<int32_t>(op.group_size);
 #pragma unroll
   for (int i = 0; i < 16 * kPieces / 32; ++i) {
-    const int item = i * 32 + lane, row = warp * 16 + item / kPieces, piece = item % kPieces;
-    uint4 low = make_uint4(0, 0, 0, 0), high = low;
-    if (group * 64 + row < work.tile.num_rows) {
-      const int32_t number = work.tile.first_row + group * 64 + row, query = number / size;
-      const int64_t token = int64_t{work.tile.sequence.first_query} + query;
-      const int64_t head = int64_t{work.head} * size + (number - query * size);
-      const T* from =
-          static_cast<const T*>(op.q.data) + token * op.q.stride_token + head * op.q.stride_head + piece * 8;
-      low = load_once(reinterpret_cast<const uint4*>(from));
-      high = load_once(reinterpret_cast<const uint4*>(from + C::kDim / 2));
-      if (op.q_positions)
-        rotate_pieces<T, C::kDim>(op, angle_row(op, query_position(op, token)), piece, low, high);
+    const int row = warp * 16 + (i * 32 + lane) / kPieces, piece = lane % kPieces;
+    const bool exists = group * 64 + row < work.tile.num_rows;
+    const T* from = static_cast<const T*>(op.q.data);
+    if (exists) {
+      const auto number = static_cast<uint32_t>(work.tile.first_row + group * 64 + row);
+      const uint32_t query = p.group_size.quotient(number);
+      const int64_t head = int64_t{work.head} * p.group_size.value + (number - query * p.group_size.value);
+      from += (int64_t{work.tile.sequence.first_query} + query) * op.q.stride_token +
+              head * op.q.stride_head + piece * 8;
     }
-    *reinterpret_cast<uint4*>(image + image_offset<64>(row, piece)) = low;
-    *reinterpret_cast<uint4*>(image + image_offset<64>(row, piece + kPieces)) = high;
+    cp_async16(image + image_offset<64>(row, piece), from, exists);
+  }
+  cp_async_commit();
+}
+
+// Once they are there: rotates them if that is still to be done.
+template <typename C>
+__device__ __forceinline__ void rotate_queries(const TileAttention& p, const TileWork& work, int group,
+                                               int warp, int lane, unsigned char* image) {
+  constexpr int kPieces = C::kDim / 16;
+  cp_async_wait<0>();
+  if (!p.op.q_positions) return;
+  __syncwarp();
+#pragma unroll 1
+  for (int i = 0; i < 16 * kPieces / 32; ++i) {
+    const int row = warp * 16 + (i * 32 + lane) / kPieces, piece = lane % kPieces;
+    if (group * 64 + row >= work.tile.num_rows) continue;
+    const auto number = static_cast<uint32_t>(work.tile.first_row + group * 64 + row);
+    const int64_t token = int64_t{work.tile.sequence.first_query} + p.group_size.quotient(number);
+    auto* const low = reinterpret_cast<uint4*>(image + image_offset<64>(row, piece));
+    auto* const high = reinterpret_cast<uint4*>(image + image_offset<64>(row, piece + kPieces));
+    uint4 a = *low, b = *high;
+    rotate_pieces<typename C::T, C::kDim>(p.op, angle_row(p.op, query_position(p.op, token)), piece, a, b);
+    *low = a, *high = b;
   }
 }
 
@@ -111,7 +128,7 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
   if (warp < 2) limits[warp * 32 + lane] = work.seen(p, group * 64 + warp * 32 + lane);
   // Tiles within these are seen by all rows of the warpgroup.
   const int32_t all_from = work.seen(p, group * 64 + 63).begin, all_to = work.seen(p, group * 64).end;
-  bring_queries<C>(p, work, group, warp, lane, own);
+  rotate_queries<C>(p, work, group, warp, lane, own);
   wgmma_fence_shared();
   named_barrier_wait(own_barrier, 128);
   if (C::kTurns && group == C::kGroups - 1) named_barrier_arrive(1, 256);  // the first warpgroup starts
@@ -129,6 +146,7 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
   // Waits for the keys of a tile; tells whether some row is not to see all of them.
   const auto keys_masked = [&] {
     shared_barrier_wait(barriers.keys_full(keys.stage), keys.phase);
+    if (C::kGathers) wgmma_fence_shared();  // see values_there
     const uint32_t* const present = present_of(keys.stage);
     const bool hidden = C::kGathers ? (present[0] & present[1]) != ~0u : present[kSomeHidden] != 0;
     return hidden || first_key < all_from || first_key + C::kKeys > all_to;
@@ -190,40 +208,56 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
 }
 #endif  // LIVEVLM_SM90A
 
+#ifdef LIVEVLM_SM90A
+// What leads to the first key, its place in the table and how many keys there are, comes from memory at the
+// same time, and before kernels ahead have ended: they may still write it, but not what is in the L2 cache of
+// it behind its back. With cu_seqlens_q it takes too long to find out whose block this is.
+__device__ __forceinline__ void prefetch_table(const TileAttention& p) {
+  const BlockAttention& op = p.op;
+  if (op.cu_seqlens_q) return;
+  const uint32_t item_from_end = p.num_heads.quotient(blockIdx.x);
+  const uint32_t head = blockIdx.x - item_from_end * p.num_heads.value;
+  const uint32_t sequence = p.items_each.quotient(static_cast<uint32_t>(p.num_items) - 1 - item_from_end);
+  const auto entry = static_cast<int32_t>(threadIdx.x) * 32;
+  if (threadIdx.x == 0) prefetch_l2(op.seq_lens + sequence);
+  if (entry < op.max_blocks)
+    prefetch_l2(table_of(op, static_cast<int32_t>(sequence), head) + entry);
+}
+#endif
+
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     attend_tiles_kernel(const __grid_constant__ TileAttention p) {
 #ifdef LIVEVLM_SM90A
   LIVEVLM_TILE_MEMORY(memory);
-  if constexpr (C::kGathers) {
-    wait_for_previous_kernels();
-    let_next_kernel_start();  // combine_splits_kernel relies on this order
-  }
-  // In shared memory: there are no registers for it while products run.
-  TileWork& work = *reinterpret_cast<TileWork*>(memory + C::kWorkAt);
-  {
-    const TileWork found(p, blockIdx.x, C::kKeys);
-    if (!found.exists()) return;
-    if (threadIdx.x == 0) work = found;
-  }
   const uint32_t base = shared_address(memory);
   const TileBarriers<C> barriers{base + C::kBarriersAt};
-  if (threadIdx.x == 0) barriers.init();
+  if constexpr (C::kGathers) prefetch_table(p);
+  barriers.init();
   __syncthreads();
-
+  if constexpr (C::kGathers) {
+    wait_for_previous_kernels();
+    let_next_kernel_start();  // not before: see combine_rows_kernel
+  }
   // Through a shuffle, so that the compiler knows that a warp does not diverge over it.
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int group = __shfl_sync(~0u, thread / 128, 0), warp = __shfl_sync(~0u, thread / 32 % 4, 0);
-  if constexpr (C::kGathers) {
-    if (group == C::kGroups) {
-      gather_tiles<C>(p, work, barriers, memory, warp, lane);
-    } else {
-      attend_rows<C>(p, work, barriers, memory, group, warp, lane);
-    }
-  } else if (group == C::kGroups) {
+  const TileWork found(p, blockIdx.x, C::kKeys);
+  if (group >= C::kGroups) {
+    if (!found.exists()) return;
     shrink_registers<C::kBringing>();
-    if (thread == 128 * C::kGroups) bring_tiles<C>(p, work, base);
+    if constexpr (C::kGathers)
+      TileGather<C>(p, found, barriers, memory, (group - C::kGroups) * 4 + warp, lane);
+    else if (thread == 128 * C::kGroups)
+      bring_tiles<C>(p, found, base);
   } else {
+    // Before it is known how many keys there are, and so before these take up all that memory can give.
+    bring_queries<C>(p, found, group, warp, lane, memory + group * C::kQueryBytes);
+    if (!found.exists()) return;
+    // In shared memory: there are no registers for it while products run.
+    TileWork& work = reinterpret_cast<TileWork*>(memory + C::kWorkAt)[group];
+    if (warp == 0 && lane == 0) work = found;
+    named_barrier_wait(1 + C::kGroups + group, 128);
     grow_registers<C::kAttending>();
     attend_rows<C>(p, work, barriers, memory, group, warp, lane);
   }

@@ -15,21 +15,38 @@ struct BestTiles<T, 128> : TypeTag<TileConfig<T, 128, 128, 2, 2>> {};
 template <typename T>
 struct BestTiles<T, 64> : TypeTag<TileConfig<T, 64, 128, 2, 3>> {};
 
-// Those that a block gathers itself.
-template <typename T, int kDim>
-using GatheredTiles = TileConfig<T, kDim, 64, 2, 6, false, true>;
+// Those that a block gathers itself: as many as there is room for, beside queries and angles of two.
+template <int kDim, typename Angle>
+inline constexpr int kGatheredAtOnce =
+    std::min(8, (227 * 1024 - 2 * 64 * kDim * (2 + Angle::kBytes) - 3072) / (64 * kDim * 2 * 2));
+template <typename T, int kDim, typename Angle>
+using GatheredTiles = TileConfig<T, kDim, 64, 2, kGatheredAtOnce<kDim, Angle>, false, true, Angle>;
 
 // Calls body(TypeTag<TileConfig<...>>{}).
-template <bool kGather, typename Body>
+template <typename Body>
 void dispatch_tiles(const BlockAttention& op, Body body) {
   dispatch_float(op.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if constexpr (sizeof(T) == 2 && kGather) {
-      if (op.head_dim == 128) return body(TypeTag<GatheredTiles<T, 128>>{});
-      return body(TypeTag<GatheredTiles<T, 64>>{});
-    } else if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2) {
       if (op.head_dim == 128) return body(TypeTag<typename BestTiles<T, 128>::type>{});
       return body(TypeTag<typename BestTiles<T, 64>::type>{});
+    }
+  });
+}
+
+template <typename Body>
+void dispatch_gathered(const BlockAttention& op, Body body) {
+  dispatch_float(op.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto with_angles = [&](auto angle) {
+      using Angle = typename decltype(angle)::type;
+      if (op.head_dim == 128) return body(TypeTag<GatheredTiles<T, 128, Angle>>{});
+      body(TypeTag<GatheredTiles<T, 64, Angle>>{});
+    };
+    if constexpr (sizeof(T) == 2) {
+      if (!op.cos_sin_cache) return with_angles(TypeTag<NoAngles>{});
+      if (op.cos_sin_half) return with_angles(TypeTag<HalfAngles>{});
+      with_angles(TypeTag<FloatAngles>{});
     }
   });
 }
@@ -67,7 +84,7 @@ int64_t tiles_bytes(const BlockAttention& op) {
 inline int64_t tiles_workspace(const AttentionKernel& kernel) {
   int64_t bytes = 0;
   if (!may_need_images(kernel)) return bytes;
-  dispatch_tiles<false>(
+  dispatch_tiles(
       kernel.op, [&](auto config) { bytes = tiles_bytes<typename decltype(config)::type>(kernel.op); });
   return bytes;
 }
@@ -80,12 +97,19 @@ TileAttention tile_attention(AttentionKernel kernel, void* workspace) {
   const int64_t tiles = op.batch * op.num_heads * max_tiles<C>(op);
   auto* const present = reinterpret_cast<uint32_t*>(images + tiles * (2 * C::kImageBytes));
   int64_t items = op.total_q * op.group_size / C::kRows + op.batch * (1 + kernel.most_splits);
+  int64_t splits = 1;
   if (!op.cu_seqlens_q) {
     const int64_t rows = op.total_q / op.batch * op.group_size;
-    items = op.batch * ceil_div(rows, C::kRows) *
-            std::min<int64_t>(splits_of_rows(kernel, rows), kernel.num_splits);
+    splits = std::min<int64_t>(splits_of_rows(kernel, rows), kernel.num_splits);
+    items = op.batch * ceil_div(rows, C::kRows) * splits;
   }
-  return {kernel, images, present, static_cast<int32_t>(max_tiles<C>(op)), static_cast<int32_t>(items)};
+  return {kernel,
+          images,
+          present,
+          static_cast<int32_t>(max_tiles<C>(op)),
+          static_cast<int32_t>(items),
+          Divisor(std::max<int64_t>(items / op.batch, 1)),
+          Divisor(splits)};
 }
 
 template <typename C>
@@ -109,7 +133,7 @@ inline void launch_tiles(AttentionKernel kernel, void* workspace, cudaStream_t s
   const int32_t gathered = gathered_rows(kernel), fewest = kernel.min_rows;
   if (may_need_images(kernel)) {
     kernel.min_rows = std::max(fewest, gathered + 1);
-    dispatch_tiles<false>(kernel.op, [&](auto config) {
+    dispatch_tiles(kernel.op, [&](auto config) {
       using C = typename decltype(config)::type;
       const TileAttention tiles = tile_attention<C>(kernel, workspace);
       launch_tile_images<C>(tiles, stream);
@@ -119,7 +143,7 @@ inline void launch_tiles(AttentionKernel kernel, void* workspace, cudaStream_t s
   }
   if (gathered < fewest) return;
   kernel.min_rows = fewest, kernel.max_rows = gathered;
-  dispatch_tiles<true>(kernel.op, [&](auto config) {
+  dispatch_gathered(kernel.op, [&](auto config) {
     using C = typename decltype(config)::type;
     launch_attend_tiles<C>(tile_attention<C>(kernel, nullptr), stream);
   });

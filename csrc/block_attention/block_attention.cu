@@ -5,6 +5,7 @@
 
 #include "block_attention/attend_fma.cuh"
 #include "block_attention/attend_mma.cuh"
+#include "block_attention/combine_rows.cuh"
 #include "block_attention/combine_splits.cuh"
 #include "common/cuda_launch.cuh"
 #ifndef LIVEVLM_EMULATED
@@ -203,6 +204,21 @@ void launch_mma(const Plan& plan, cudaStream_t stream) {
   launch_mma<T, kDim, FloatAngles>(plan, stream);
 }
 
+// What many rows found.
+template <typename T>
+void launch_combine_rows(AttentionKernel kernel, cudaStream_t stream) {
+  const BlockAttention& op = kernel.op;
+  if (!op.cu_seqlens_q && splits_of_rows(kernel, op.total_q / op.batch * op.group_size) == 1) return;
+  kernel.min_rows = kernel.max_rows + 1;
+  const int64_t blocks = ceil_div(op.total_q * op.num_heads * op.group_size, kCombineRows);
+  // Few blocks are to be spread over the GPU, and not to gather where there is room first: they ask for more
+  // than half of the shared memory of a multiprocessor.
+  const size_t shared = blocks <= device_attribute(cudaDevAttrMultiProcessorCount) ? 120 * 1024 : 0;
+  launch_overlapping(op.head_dim == 128 ? combine_rows_kernel<T, 128> : combine_rows_kernel<T, 64>,
+                     grid_of(blocks), kCombineRows * 32, shared, stream, kernel,
+                     "block_attention: splits of many rows");
+}
+
 template <typename T>
 void launch_fma(const AttentionKernel& kernel, cudaStream_t stream) {
   const BlockAttention& op = kernel.op;
@@ -244,11 +260,12 @@ void block_attention_cuda(const BlockAttention& op, void* workspace, void* strea
         if (uses_mma(op) && op.head_dim == 64) launch_mma<T, 64>(plan, cuda_stream);
       }
       if (!uses_mma(op)) launch_fma<T>(kernel, cuda_stream);
-    } else if (splits_of_rows(kernel, op.total_q / op.batch * op.group_size) == 1) {
-      return;  // all rows are finished
+      kernel.together == 1 ? launch_combine<T, kTogether>(kernel, cuda_stream)
+                           : launch_combine<T, 1>(kernel, cuda_stream);
     }
-    kernel.together == 1 ? launch_combine<T, kTogether>(kernel, cuda_stream)
-                         : launch_combine<T, 1>(kernel, cuda_stream);
+    if constexpr (sizeof(T) == 2) {
+      if (plan.many) launch_combine_rows<T>(kernel, cuda_stream);
+    }
   });
 }
 

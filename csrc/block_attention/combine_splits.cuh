@@ -19,7 +19,7 @@ __device__ __forceinline__ float4 load_four(const float* source, int32_t count) 
 
 // A row, and where what its splits have found lies.
 struct CombinedRow {
-  int64_t first;       // of split 0; -1: finished already
+  int64_t first;       // of split 0; -1: finished already, or by combine_rows_kernel
   int32_t from, size;  // the first key, and how many there are in what was found together
   Range seen;
 
@@ -34,7 +34,7 @@ struct CombinedRow {
     from = cut.first, size = cut.split * p.together;
     seen = rows > 0 ? sequence.seen(p.op, number) : Range{0, 0};
     first = found_at(p, sequence, head, number * group + qo_head - head * group, 0);
-    if (rows > p.max_rows && sequence.most_splits(p) == 1) first = -1;
+    if (rows > p.max_rows) first = -1;
   }
 };
 

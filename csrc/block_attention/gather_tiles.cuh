@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// `block_attention` on Hopper for questions: a warpgroup of attend_tiles.cuh that gathers its block's tiles
-// from the pool itself.
+// `block_attention` on Hopper for questions: two warpgroups of attend_tiles.cuh gather their block's tiles
+// from the pool themselves.
 //
 // Few rows read a key, so images of tiles would not pay, and a block has few tiles, so what counts is how
-// long the first one takes and that nothing waits for memory after it. Copies run kAhead tiles ahead of the
-// products: keys as they are in the pool, to where they will be read. Once there, the thread that copied them
-// rotates them in place, with angles that it loaded a tile before. What leads to a copy, an entry of the
-// table, then a position, is loaded two tiles before each.
+// long the first ones take and that nothing waits for memory after them. Keys are copied as they are in the
+// pool to where they will be read, as soon as the table is there: whether anybody may see them is known only
+// once their positions are, so values wait for these, as zeros must be where nobody looks. Keys to be rotated
+// are rotated in place by the thread that copied them, with angles that it loaded a tile before.
 #pragma once
 
 #include "block_attention/angles.cuh"
@@ -16,91 +16,94 @@ namespace livevlm {
 
 #ifdef LIVEVLM_SM90A
 
-// Keys of a pair of tiles, one a lane: lanes 0 to 15 have those of the warp in the first tile of the pair.
+// Keys that a warp brings, kOwn of a tile, of as many tiles as it has lanes for: a round.
 template <typename C>
 struct KeyFinder {
+  static constexpr int kOwn = C::kKeys / (4 * C::kBringers), kTiles = 32 / kOwn, kNext = kTiles * C::kKeys;
+
   const TileAttention& p;
   const int32_t* table;
-  Range keys;   // that some row of the block sees; others are not there
-  int32_t key;  // this lane's, in the pair that `found` is about
-  // Of the pair after the next: the entry of the table. Of the next pair: block and position.
-  int32_t far_block, next_block;
-  int64_t next_position;
-  struct {
-    bool there;
-    uint32_t k_at, v_at;  // in pieces of 16 bytes
-    int32_t angles;
-  } found;
+  Range keys;  // that some row of the block sees; others are not there
+  int32_t key;  // this lane's, in this round
+  // Of this round and the next: block and position, as they are loaded. Of the one after: the block.
+  int32_t block, next_block, far_block;
+  int64_t position, next_position;
+  uint32_t k_at, v_at;  // in pieces of 16 bytes
 
   __device__ __forceinline__ KeyFinder(const TileAttention& p, const TileWork& work, int warp, int lane)
       : p(p), table(table_of(p.op, work.tile.sequence.index, work.head)), keys(work.keys) {
-    key = work.first_tile * C::kKeys + lane / 16 * C::kKeys + warp * 16 + lane % 16;
+    key = work.first_tile * C::kKeys + lane / kOwn * C::kKeys + warp * kOwn + lane % kOwn;
     // All that can be under way together is.
-    int32_t block = entry_of(key);
-    next_block = entry_of(key + 2 * C::kKeys);
-    far_block = entry_of(key + 4 * C::kKeys);
-    const int64_t position = position_of(block, key);
-    next_position = position_of(next_block, key + 2 * C::kKeys);
-    find(block, position);
+    block = entry_of(key);
+    next_block = entry_of(key + kNext);
+    far_block = entry_of(key + 2 * kNext);
+    position = position_of(block, key);
+    next_position = position_of(next_block, key + kNext);
+    place();
   }
 
   __device__ __forceinline__ void next() {
-    key += 2 * C::kKeys;
-    find(next_block, next_position);
+    key += kNext;
+    block = next_block, position = next_position;
+    place();
     next_block = far_block;
-    next_position = position_of(next_block, key + 2 * C::kKeys);
-    far_block = entry_of(key + 4 * C::kKeys);
+    next_position = position_of(next_block, key + kNext);
+    far_block = entry_of(key + 2 * kNext);
+  }
+
+  __device__ __forceinline__ bool in_pool() const { return block_exists(block); }
+  __device__ __forceinline__ bool there() const { return position >= 0; }
+  __device__ __forceinline__ int32_t angles() const {
+    return static_cast<int32_t>(angle_row(p.op, p.op.packed ? key : position));
   }
 
  private:
+  __device__ __forceinline__ void place() {
+    const auto in = static_cast<uint32_t>(in_pool() ? block : 0);
+    k_at = in * p.k_block + slot_of(key) * p.k_slot;
+    v_at = in * p.v_block + slot_of(key) * p.v_slot;
+  }
+  __device__ __forceinline__ bool block_exists(int32_t of) const {
+    return static_cast<uint32_t>(of) < static_cast<uint64_t>(p.op.num_blocks);
+  }
   __device__ __forceinline__ int32_t entry_of(int32_t of) const {
     if (of < keys.begin || of >= keys.end) return -1;
     return table[p.block_size.quotient(static_cast<uint32_t>(of))];
   }
-  __device__ __forceinline__ int32_t slot_of(int32_t of) const {
+  __device__ __forceinline__ uint32_t slot_of(int32_t of) const {
     const auto number = static_cast<uint32_t>(of);
-    return static_cast<int32_t>(number - p.block_size.quotient(number) * p.block_size.value);
+    return number - p.block_size.quotient(number) * p.block_size.value;
   }
   // Negative: nothing to see.
   __device__ __forceinline__ int64_t position_of(int32_t block, int32_t of) const {
     const BlockAttention& op = p.op;
-    if (static_cast<uint32_t>(block) >= static_cast<uint64_t>(op.num_blocks)) return -1;
+    if (!block_exists(block)) return -1;
     if (!op.positions) return of;
     const int64_t at = block * op.block_size + slot_of(of);
     if (op.positions_int64) return static_cast<const int64_t*>(op.positions)[at];
     return static_cast<const int32_t*>(op.positions)[at];
   }
-  __device__ __forceinline__ void find(int32_t block, int64_t position) {
-    found.there = position >= 0;
-    const auto in_pool = static_cast<uint32_t>(found.there ? block : 0);
-    const auto slot = static_cast<uint32_t>(found.there ? slot_of(key) : 0);
-    found.k_at = in_pool * p.k_block + slot * p.k_slot;
-    found.v_at = in_pool * p.v_block + slot * p.v_slot;
-    found.angles = static_cast<int32_t>(angle_row(p.op, p.op.packed ? key : position));
-  }
 };
 
-// By a warpgroup, each warp 16 keys of every tile.
-template <typename C, typename Angle>
+// By kBringers warpgroups, each warp kOwn keys of every tile.
+template <typename C>
 struct TileGather {
   using T = typename C::T;
-  static constexpr bool kRotates = Angle::kBytes > 0;
-  using Angles = Angles8<std::conditional_t<kRotates, Angle, HalfAngles>>;
+  static constexpr bool kRotates = C::kAngleBytes > 0;
   static constexpr int kHalf = C::kDim / 16;  // pieces of half a row: neighbouring lanes have them
-  static constexpr int kRowsAtOnce = 32 / kHalf, kPasses = 16 / kRowsAtOnce;
-  // The places of a tile this far ahead are free once products with the tile before this one have ended:
-  // these wait for nothing that comes later.
-  static constexpr int kAhead = C::kStages - 2;
-  static_assert(C::kKeys == 64 && kAhead >= 1, "a warp has 16 keys; places for this tile and the one before");
+  static constexpr int kOwn = KeyFinder<C>::kOwn, kRound = KeyFinder<C>::kTiles;
+  static constexpr int kRowsAtOnce = 32 / kHalf, kPasses = kOwn / kRowsAtOnce;
+  static constexpr int kLate = 2;
+  static_assert(C::kKeys == 64 && kOwn == 8 && C::kStages >= 4, "a byte of bits each; angles two tiles ahead");
 
   const TileAttention& p;
   const TileBarriers<C>& barriers;
   unsigned char* memory;
+  const uint4 *keys, *values;
   int32_t num_tiles;
   int warp, lane;
   KeyFinder<C> finder;
   RingPlace<C::kStages> brought, rotated;
-  Angles angles[kPasses];  // of the tile to be rotated
 
   __device__ __forceinline__ TileGather(const TileAttention& p, const TileWork& work,
                                         const TileBarriers<C>& barriers, unsigned char* memory, int warp,
@@ -108,120 +111,136 @@ struct TileGather {
       : p(p),
         barriers(barriers),
         memory(memory),
+        keys(pool_of(p.op.k, work.head, lane)),
+        values(pool_of(p.op.v, work.head, lane)),
         num_tiles(work.num_tiles),
         warp(warp),
         lane(lane),
         finder(p, work, warp, lane) {
-    const BlockAttention& op = p.op;
-    const auto* keys =
-        reinterpret_cast<const uint4*>(static_cast<const T*>(op.k.data) + work.head * op.k.stride_head) +
-        lane % kHalf;
-    const auto* values =
-        reinterpret_cast<const uint4*>(static_cast<const T*>(op.v.data) + work.head * op.v.stride_head) +
-        lane % kHalf;
-    bring(0, keys, values);
-    load_angles(0);
+    // At the start all places are free.
+    const int32_t at_once = min(num_tiles, min(kRound, C::kStages));
 #pragma unroll 1
-    for (int32_t tile = 1; tile < kAhead; ++tile) bring(tile, keys, values);
+    for (int32_t tile = 0; tile < at_once; ++tile) bring_keys(tile, tile);
 #pragma unroll 1
-    for (int32_t tile = 0; tile < num_tiles; ++tile) {
-      bring(tile + kAhead, keys, values);
-      cp_async_wait<2 * kAhead + 1>();  // all but the values of this tile, and later tiles
-      rotate();
-      wgmma_fence_shared();
-      shared_barrier_arrive(barriers.keys_full(rotated.stage));
-      rotated.next();
+    for (int32_t tile = 0; tile < at_once; ++tile) {
+      bring_values(tile, tile);
+      if (tile < 2) bring_angles(tile, tile);
+      brought.next();
     }
-    cp_async_wait<0>();
+    if constexpr (!kRotates) {
+#pragma unroll 1
+      for (int32_t tile = at_once; tile < num_tiles; ++tile) bring(tile);
+    } else {
+#pragma unroll 1
+      for (int32_t tile = at_once; tile < min(num_tiles, C::kStages); ++tile) bring(tile);
+#pragma unroll 1
+      for (int32_t tile = 0; tile < num_tiles; ++tile) {
+        shared_barrier_wait(barriers.angles_full(tile, warp), tile / 2 % 2);
+        shared_barrier_wait(barriers.keys_copied(rotated.stage), rotated.phase);
+        rotate(tile);
+        // No fence here: it would wait for all copies that are under way. Those who start products have one.
+        __syncwarp();
+        if (lane == 0) shared_barrier_arrive(barriers.keys_full(rotated.stage));
+        rotated.next();
+        // To the place of the tile kLate before this one: products of the one after it have begun long since.
+        if (tile >= kLate && tile - kLate + C::kStages < num_tiles) bring(tile - kLate + C::kStages);
+        if (tile + 2 < num_tiles) bring_angles(tile + 2, (tile + 2) % C::kStages);
+      }
+    }
   }
 
  private:
+  static __device__ __forceinline__ const uint4* pool_of(const Tokens& tokens, int32_t head, int lane) {
+    return reinterpret_cast<const uint4*>(static_cast<const T*>(tokens.data) + head * tokens.stride_head) +
+           lane % kHalf;
+  }
   __device__ __forceinline__ int row_of(int pass) const {
-    return warp * 16 + pass * kRowsAtOnce + lane / kHalf;
+    return warp * kOwn + pass * kRowsAtOnce + lane / kHalf;
+  }
+  __device__ __forceinline__ unsigned char* angles_of(int32_t tile, int row) const {
+    return memory + C::kAnglesAt + (tile % 2 * C::kKeys + row) * C::kAngleBytes;
   }
   __device__ __forceinline__ int32_t* angle_rows(int stage) const {
-    return reinterpret_cast<int32_t*>(memory + C::kAngleRowsAt) + stage * C::kKeys;
+    return reinterpret_cast<int32_t*>(memory + C::kAngleRowsAt) + stage * C::kKeys + warp * kOwn;
   }
 
-  // Starts to copy a tile: two groups of copies, empty ones past the last tile.
-  __device__ __forceinline__ void bring(int32_t tile, const uint4* keys, const uint4* values) {
-    if (tile >= num_tiles) {
-      cp_async_commit();
-      cp_async_commit();
-      return;
-    }
-    const int first = tile % 2 * 16, stage = brought.stage;  // lanes from `first` on have the tile's keys
-    if (tile > 0 && first == 0) finder.next();
-    const uint32_t there = __ballot_sync(~0u, finder.found.there) >> first & 0xffff;
-    shared_barrier_wait(barriers.keys_empty(stage), brought.phase ^ 1);
-    if (kRotates && lane / 16 * 16 == first) angle_rows(stage)[warp * 16 + lane % 16] = finder.found.angles;
-    if (lane == 0)
-      reinterpret_cast<uint16_t*>(memory + C::kPresentAt + stage * C::kPresentBytes)[warp] =
-          static_cast<uint16_t>(there);
-    copy(memory + C::kKeysAt + stage * C::kImageBytes, keys, finder.found.k_at, there, first);
-    cp_async_commit();
-    shared_barrier_wait(barriers.values_empty(stage), brought.phase ^ 1);
-    copy(memory + C::kValuesAt + stage * C::kImageBytes, values, finder.found.v_at, there, first);
-    shared_barrier_arrive_copied(barriers.values_full(stage));
-    cp_async_commit();
+  __device__ __forceinline__ void bring(int32_t tile) {
+    if (tile % kRound == 0) finder.next();
+    shared_barrier_wait(barriers.keys_empty(brought.stage), brought.phase ^ 1);
+    bring_keys(tile, brought.stage);
+    shared_barrier_wait(barriers.values_empty(brought.stage), brought.phase ^ 1);
+    bring_values(tile, brought.stage);
     brought.next();
   }
 
-  __device__ __forceinline__ void copy(unsigned char* image, const uint4* pool, uint32_t at, uint32_t there,
-                                       int first) const {
+  // Lanes from first_of(tile) on have the tile's keys.
+  static __device__ __forceinline__ int first_of(int32_t tile) { return tile % kRound * kOwn; }
+
+  __device__ __forceinline__ void bring_keys(int32_t tile, int stage) const {
+    const uint32_t exist = __ballot_sync(~0u, finder.in_pool()) >> first_of(tile);
+    copy(memory + C::kKeysAt + stage * C::kImageBytes, keys, finder.k_at, exist, tile);
+    shared_barrier_arrive_copied(kRotates ? barriers.keys_copied(stage) : barriers.keys_full(stage));
+  }
+
+  __device__ __forceinline__ void bring_values(int32_t tile, int stage) const {
+    const int first = first_of(tile);
+    const uint32_t there = __ballot_sync(~0u, finder.there()) >> first;
+    if (kRotates && lane / kOwn * kOwn == first) angle_rows(stage)[lane % kOwn] = finder.angles();
+    if (lane == 0) {
+      memory[C::kPresentAt + stage * C::kPresentBytes + warp] = static_cast<unsigned char>(there);
+      shared_barrier_arrive(barriers.keys_full(stage));
+    }
+    copy(memory + C::kValuesAt + stage * C::kImageBytes, values, finder.v_at, there, tile);
+    shared_barrier_arrive_copied(barriers.values_full(stage));
+  }
+
+  __device__ __forceinline__ void copy(unsigned char* image, const uint4* pool, uint32_t at, uint32_t exist,
+                                       int32_t tile) const {
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int own = i * kRowsAtOnce + lane / kHalf, row = row_of(i);
-      const uint4* from = pool + __shfl_sync(~0u, at, first + own);
-      const bool exists = there >> own & 1;
+      const uint4* from = pool + __shfl_sync(~0u, at, first_of(tile) + own);
+      const bool exists = exist >> own & 1;
       cp_async16(image + image_offset<C::kKeys>(row, lane % kHalf), from, exists);
       cp_async16(image + image_offset<C::kKeys>(row, lane % kHalf + kHalf), from + kHalf, exists);
     }
   }
 
-  __device__ __forceinline__ void load_angles(int stage) {
+  // By the copy engine, past all keys and values that are still under way.
+  __device__ __forceinline__ void bring_angles(int32_t tile, int stage) const {
     if constexpr (kRotates) {
+      const uint32_t full = barriers.angles_full(tile, warp);
+      if (lane == 0) shared_barrier_expect(full, kOwn * C::kAngleBytes);
       __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kPasses; ++i) angles[i].load(p.op, angle_rows(stage)[row_of(i)], lane % kHalf * 8);
+      const int32_t own = angle_rows(stage)[lane % kOwn];
+      const int32_t first = __shfl_sync(~0u, own, 0);
+      const bool in_one = __all_sync(~0u, own == first + lane % kOwn);  // as positions mostly are
+      if (lane < (in_one ? 1 : kOwn))
+        copy_to_shared(shared_address(angles_of(tile, warp * kOwn + lane)),
+                       static_cast<const char*>(p.op.cos_sin_cache) + own * int64_t{C::kAngleBytes},
+                       (in_one ? kOwn : 1) * C::kAngleBytes, full);
     }
   }
 
-  // The keys that this thread copied; loads the angles of the next tile.
-  __device__ __forceinline__ void rotate() {
+  // The keys that this thread copied.
+  __device__ __forceinline__ void rotate(int32_t tile) const {
     if constexpr (kRotates) {
       unsigned char* const image = memory + C::kKeysAt + rotated.stage * C::kImageBytes;
-      RingPlace<C::kStages> after = rotated;
-      after.next();
-      // Past the last tile these are rows of an earlier one, or whatever: no reason to branch.
-      __syncwarp();
 #pragma unroll
       for (int i = 0; i < kPasses; ++i) {
         const int row = row_of(i);
         auto* const low = reinterpret_cast<uint4*>(image + image_offset<C::kKeys>(row, lane % kHalf));
         auto* const high =
             reinterpret_cast<uint4*>(image + image_offset<C::kKeys>(row, lane % kHalf + kHalf));
+        Angles8<typename C::Angle> angles;
+        angles.load_shared(angles_of(tile, row), C::kDim, lane % kHalf * 8);
         uint4 a = *low, b = *high;
-        rotate8<T>(a, b, angles[i]);
+        rotate8<T>(a, b, angles);
         *low = a, *high = b;
-        angles[i].load(p.op, angle_row(p.op, angle_rows(after.stage)[row]), lane % kHalf * 8);
       }
     }
   }
 };
-
-template <typename C>
-__device__ __forceinline__ void gather_tiles(const TileAttention& p, const TileWork& work,
-                                             const TileBarriers<C>& barriers, unsigned char* memory, int warp,
-                                             int lane) {
-  if (!p.op.cos_sin_cache) {
-    TileGather<C, NoAngles>(p, work, barriers, memory, warp, lane);
-  } else if (p.op.cos_sin_half) {
-    TileGather<C, HalfAngles>(p, work, barriers, memory, warp, lane);
-  } else {
-    TileGather<C, FloatAngles>(p, work, barriers, memory, warp, lane);
-  }
-}
 #endif  // LIVEVLM_SM90A
 
 }  // namespace livevlm

@@ -4,6 +4,7 @@
 // rows, 16 warp + lane / 4 and 8 further, and of every eight columns 2 (lane % 4) and the next one.
 #pragma once
 
+#include "block_attention/angles.cuh"
 #include "block_attention/tile_images.cuh"
 #include "common/wgmma_tiles.cuh"
 
@@ -12,26 +13,32 @@ namespace livevlm {
 inline constexpr int kWorkBytes = 64;  // of a TileWork
 
 template <typename Element, int kHeadDim, int kTileKeys, int kWarpgroups, int kRing, bool kInTurn = true,
-          bool kGather = false>
+          bool kGather = false, typename AngleType = NoAngles>
 struct TileConfig {
+  using Angle = AngleType;  // of keys that are rotated here
   using T = Element;
   static constexpr int kDim = kHeadDim, kKeys = kTileKeys, kGroups = kWarpgroups, kStages = kRing;
-  static constexpr bool kTurns = kInTurn;    // products of the warpgroups start in turn
-  static constexpr bool kGathers = kGather;  // a warpgroup gathers the tiles: gather_tiles.cuh
-  static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + 1);
-  // Registers of a thread: 65536 in all, of which a launch gives every warp as many. These are enough with
-  // the smaller tiles that are gathered, but not with others.
-  static constexpr int kBringing = kGroups == 2 ? 24 : 32, kAttending = kGroups == 2 ? 240 : 160;
-  static_assert(128 * (kBringing + kGroups * kAttending) <= 65536, "a multiprocessor has no more");
+  static constexpr bool kTurns = kInTurn;             // products of the warpgroups start in turn
+  static constexpr bool kGathers = kGather;           // from the pool: gather_tiles.cuh
+  static constexpr int kBringers = kGathers ? 2 : 1;  // warpgroups; without gathering, one thread of it
+  static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + kBringers);
+  // Registers of a thread: 65536 in all, of which a launch gives every warp as many, and too few.
+  static constexpr int kBringing = kGathers ? 96 : kGroups == 2 ? 24 : 32;
+  static constexpr int kAttending = !kGathers && kGroups == 2 ? 240 : 160;
+  static_assert(128 * (kBringers * kBringing + kGroups * kAttending) <= 65536,
+                "a multiprocessor has no more");
   // Shared memory. Images are multiples of 1024 bytes.
   static constexpr int kImageBytes = kKeys * kDim * 2, kQueryBytes = 64 * kDim * 2;
-  static constexpr int kPresentBytes = kPresentWords * 4;
+  static constexpr int kPresentBytes = kGathers ? kKeys / 8 : kPresentWords * 4;
   static constexpr int kKeysAt = kGroups * kQueryBytes, kValuesAt = kKeysAt + kStages * kImageBytes;
-  static constexpr int kPresentAt = kValuesAt + kStages * kImageBytes;
+  static constexpr int kAngleBytes = Angle::kBytes * kDim;  // of a key; of two tiles
+  static constexpr int kAnglesAt = kValuesAt + kStages * kImageBytes;
+  static constexpr int kPresentAt = kAnglesAt + 2 * kKeys * kAngleBytes;
   static constexpr int kLimitsAt = kPresentAt + kStages * kPresentBytes;  // Range: keys that a row sees
   static constexpr int kBarriersAt = kLimitsAt + kRows * 8;
-  static constexpr int kWorkAt = kBarriersAt + 4 * kStages * 8, kAngleRowsAt = kWorkAt + kWorkBytes;
-  static constexpr int kSharedBytes = kAngleRowsAt + (kGathers ? kStages * kKeys * 4 : 0);
+  static constexpr int kBarriers = 5 * kStages + 2 * 4 * kBringers;
+  static constexpr int kWorkAt = kBarriersAt + kBarriers * 8, kAngleRowsAt = kWorkAt + kGroups * kWorkBytes;
+  static constexpr int kSharedBytes = kAngleRowsAt + (kAngleBytes ? kStages * kKeys * 4 : 0);
 };
 
 #ifdef LIVEVLM_SM90A
@@ -40,7 +47,8 @@ template <typename C>
 struct TileBarriers {
   uint32_t base;
 
-  // All in shared memory, kStages each: a place has been filled, all warps are done with it.
+  // All in shared memory, kStages each: a place has been filled, all warps are done with it; there are keys
+  // to be rotated.
   __device__ __forceinline__ uint32_t keys_full(int stage) const { return base + stage * 8; }
   __device__ __forceinline__ uint32_t keys_empty(int stage) const { return base + (C::kStages + stage) * 8; }
   __device__ __forceinline__ uint32_t values_full(int stage) const {
@@ -50,12 +58,28 @@ struct TileBarriers {
     return base + (3 * C::kStages + stage) * 8;
   }
 
+  __device__ __forceinline__ uint32_t keys_copied(int stage) const {
+    return base + (4 * C::kStages + stage) * 8;
+  }
+  // Of a warp, for every other tile.
+  __device__ __forceinline__ uint32_t angles_full(int tile, int warp) const {
+    return base + (5 * C::kStages + tile % 2 * 4 * C::kBringers + warp) * 8;
+  }
+
+  // By all warps of the block.
   __device__ __forceinline__ void init() const {
-    for (int stage = 0; stage < C::kStages; ++stage) {
-      shared_barrier_init(keys_full(stage), C::kGathers ? 128 : 1);
-      shared_barrier_init(values_full(stage), C::kGathers ? 128 : 1);
-      shared_barrier_init(keys_empty(stage), 4 * C::kGroups);
-      shared_barrier_init(values_empty(stage), 4 * C::kGroups);
+    constexpr int kThreads = 128 * C::kBringers, kWarps = 4 * C::kBringers;  // that gather
+    // A warp rotates keys, or their copies arrive by themselves; it also says which of them are there.
+    constexpr int kKeys = C::kGathers ? (C::kAngleBytes ? kWarps : kThreads) + kWarps : 1;
+    if (threadIdx.x % 32 == 0) {
+      for (auto i = static_cast<int>(threadIdx.x / 32); i < C::kBarriers; i += C::kThreads / 32) {
+        const int kind = i / C::kStages;
+        shared_barrier_init(base + i * 8, kind == 0                 ? kKeys
+                                          : kind == 1 || kind == 3 ? 4 * C::kGroups
+                                          : kind >= 5              ? 1
+                                          : C::kGathers            ? kThreads
+                                                                   : 1);
+      }
     }
     shared_barriers_ready();
   }
@@ -76,14 +100,15 @@ struct RingPlace {
 // What a thread block does. Row tiles at the end of a sequence see most keys, so they start first.
 struct TileWork {
   RowTile tile;
-  int32_t head, split;
+  int32_t head, split, num_splits;
   bool has_splits;
   Range keys;                     // of the split that the tile sees
   int32_t first_tile, num_tiles;  // of keys
 
+  // `seq_lens` is loaded here, but only num_tiles and `keys` follow from it.
   __device__ __forceinline__ TileWork(const TileAttention& p, uint32_t index, int32_t tile_keys)
-      : TileWork(p, p.num_items - 1 - static_cast<int32_t>(index / static_cast<uint32_t>(p.op.num_heads))) {
-    head = static_cast<int32_t>(index % static_cast<uint32_t>(p.op.num_heads));
+      : TileWork(p, p.num_items - 1 - static_cast<int32_t>(p.num_heads.quotient(index))) {
+    head = static_cast<int32_t>(index - p.num_heads.quotient(index) * p.num_heads.value);
     first_tile = keys.begin / tile_keys;
     num_tiles = keys.end > keys.begin ? (keys.end + tile_keys - 1) / tile_keys - first_tile : 0;
   }
@@ -108,8 +133,8 @@ struct TileWork {
 
     static __device__ __forceinline__ Item find(const TileAttention& p, int32_t item) {
       if (!p.op.cu_seqlens_q) {
-        const int32_t each = p.num_items / static_cast<int32_t>(p.op.batch), index = item / each;
-        return {Sequence(p, index), item - index * each};
+        const auto index = static_cast<int32_t>(p.items_each.quotient(static_cast<uint32_t>(item)));
+        return {Sequence(p, index), item - index * static_cast<int32_t>(p.items_each.value)};
       }
       const auto first_of = [&](int32_t index) {
         const int32_t query = Sequence::start_of(p, index);
@@ -124,16 +149,29 @@ struct TileWork {
       : TileWork(p, Item::find(p, item)) {}
 
   __device__ __forceinline__ TileWork(const TileAttention& p, const Item& item)
-      : TileWork(p, item, min(item.sequence.most_splits(p), p.num_splits)) {}
+      : TileWork(p, item, item.sequence.most_splits(p)) {}
 
-  __device__ __forceinline__ TileWork(const TileAttention& p, const Item& item, int32_t splits)
-      : tile(p, item.sequence, item.number / splits),
+  __device__ __forceinline__ TileWork(const TileAttention& p, const Item& item, int32_t most_splits)
+      : TileWork(p, item, most_splits, min(most_splits, p.num_splits)) {}
+
+  __device__ __forceinline__ TileWork(const TileAttention& p, const Item& item, int32_t most_splits,
+                                      int32_t num_splits)
+      : TileWork(p, item,
+                 p.op.cu_seqlens_q
+                     ? item.number / num_splits
+                     : static_cast<int32_t>(p.splits_each.quotient(static_cast<uint32_t>(item.number))),
+                 most_splits, num_splits) {}
+
+  __device__ __forceinline__ TileWork(const TileAttention& p, const Item& item, int32_t number,
+                                      int32_t most_splits, int32_t num_splits)
+      : tile(p, item.sequence, number),
         head(0),
-        split(item.number % splits),
-        has_splits(item.sequence.most_splits(p) > 1),
+        split(item.number - number * num_splits),
+        num_splits(num_splits),
+        has_splits(most_splits > 1),
         keys(tile.keys_of(p, split)) {}
 };
-static_assert(sizeof(TileWork) <= kWorkBytes, "it has a place in shared memory");
+static_assert(sizeof(TileWork) == kWorkBytes, "it has a place in shared memory");
 
 #ifdef LIVEVLM_SM90A
 
@@ -208,6 +246,48 @@ __device__ __forceinline__ void to_operands(uint32_t (&weights)[kKeys / 16][4],
   }
 }
 
+// What splits found, for combine_rows.cuh: a warp's 16 rows, half of their dimensions at a time through shared
+// memory, so that it writes whole lines. A warp reads only what it wrote.
+template <typename C>
+__device__ __forceinline__ void store_found(const TileAttention& p, const TileWork& work, const TileSums& rows,
+                                            const float (&totals)[2], const float (&sums)[C::kDim / 2],
+                                            unsigned char* own, int first, int warp, int lane) {
+  constexpr int kPieces = C::kDim / 8, kAtOnce = 32 / kPieces;  // of 16 bytes, of half a row; rows
+  unsigned char* const staged = own + warp * 16 * (kPieces * 16);
+  const auto place = [&](int row, int piece) {  // neighbouring rows in different banks
+    return staged + (row * kPieces + (piece ^ 2 * row % kPieces)) * 16;
+  };
+  const int64_t stride = int64_t{p.op.num_heads} * work.num_splits;
+  const int64_t at = found_at(p, work.tile.sequence, work.head, work.tile.first_row + first, work.split);
+  const int count = min(work.tile.num_rows - first, 16);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + r * 8;
+    if (lane % 4 == 0 && row < count) p.found_sums[at + row * stride] = make_float2(rows.tops[r], totals[r]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int n = 0; n < kPieces / 2; ++n) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int i = 4 * (half * (kPieces / 2) + n) + 2 * r;
+        *reinterpret_cast<float2*>(place(lane / 4 + r * 8, 2 * n + lane % 4 / 2) + lane % 2 * 8) =
+            make_float2(sums[i], sums[i + 1]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 / kAtOnce; ++i) {
+      const int row = i * kAtOnce + lane / kPieces, piece = lane % kPieces;
+      const float4 four = *reinterpret_cast<const float4*>(place(row, piece));
+      if (row < count)
+        reinterpret_cast<float4*>(p.found_out + (at + row * stride) * C::kDim)[half * kPieces + piece] = four;
+    }
+    __syncwarp();
+  }
+}
+
 // What is known of the rows once all tiles are through; `own` is memory for 64 rows of 16-bit floats.
 template <typename C>
 __device__ __forceinline__ void store_rows(const TileAttention& p, const TileWork& work, const TileSums& rows,
@@ -216,29 +296,23 @@ __device__ __forceinline__ void store_rows(const TileAttention& p, const TileWor
   using T = typename C::T;
   constexpr int kPieces = C::kDim / 8;  // of 16 bytes, of a row
   const int32_t first = group * 64 + warp * 16;
-  float scale[2];
+  float scale[2], totals[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float total = rows.sums[r];
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
     scale[r] = total == 0.0f ? 0.0f : 1.0f / total;
+    totals[r] = total;
     const int32_t number = first + lane / 4 + r * 8;
-    if (number >= work.tile.num_rows) continue;
+    if (work.has_splits || number >= work.tile.num_rows || lane % 4 != 0) continue;
     const int64_t row = work.tile.flat_row(p, work.head, number);
-    if (work.has_splits) {
-      const int64_t at = found_at(p, work.tile.sequence, work.head, work.tile.first_row + number, work.split);
-      float* const target = p.found_out + at * C::kDim + lane % 4 * 2;
-#pragma unroll
-      for (int n = 0; n < C::kDim / 8; ++n)
-        *reinterpret_cast<float2*>(target + n * 8) =
-            make_float2(sums[4 * n + 2 * r], sums[4 * n + 2 * r + 1]);
-      if (lane % 4 == 0) p.found_sums[at] = make_float2(rows.tops[r], total);
-    } else if (lane % 4 == 0) {
-      p.op.lse[row] = (rows.tops[r] + log2f(total)) * 0.6931471805599453f;  // -inf if there is no key
-    }
+    p.op.lse[row] = (rows.tops[r] + log2f(total)) * 0.6931471805599453f;  // -inf if there is no key
   }
-  if (work.has_splits) return;
+  if (work.has_splits) {
+    store_found<C>(p, work, rows, totals, sums, own, first, warp, lane);
+    return;
+  }
 
   // Through shared memory, swizzled as ever, to write 16 bytes at a time. A warp reads only what it wrote.
   unsigned char* const staged = own + warp * 16 * (kPieces * 16);
