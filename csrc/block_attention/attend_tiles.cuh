@@ -220,8 +220,7 @@ __device__ __forceinline__ void prefetch_table(const TileAttention& p) {
   const uint32_t sequence = p.items_each.quotient(static_cast<uint32_t>(p.num_items) - 1 - item_from_end);
   const auto entry = static_cast<int32_t>(threadIdx.x) * 32;
   if (threadIdx.x == 0) prefetch_l2(op.seq_lens + sequence);
-  if (entry < op.max_blocks)
-    prefetch_l2(table_of(op, static_cast<int32_t>(sequence), head) + entry);
+  if (entry < op.max_blocks) prefetch_l2(table_of(op, static_cast<int32_t>(sequence), head) + entry);
 }
 #endif
 

@@ -84,8 +84,8 @@ int64_t tiles_bytes(const BlockAttention& op) {
 inline int64_t tiles_workspace(const AttentionKernel& kernel) {
   int64_t bytes = 0;
   if (!may_need_images(kernel)) return bytes;
-  dispatch_tiles(
-      kernel.op, [&](auto config) { bytes = tiles_bytes<typename decltype(config)::type>(kernel.op); });
+  dispatch_tiles(kernel.op,
+                 [&](auto config) { bytes = tiles_bytes<typename decltype(config)::type>(kernel.op); });
   return bytes;
 }
 

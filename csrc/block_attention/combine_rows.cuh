@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(kCombineRows * 32)
   const int32_t own_query = static_cast<int32_t>(query) - sequence.first_query;
   const int32_t num_rows = sequence.num_rows(p.op), most_splits = sequence.most_splits(p);
   const int32_t num_splits = min(most_splits, p.num_splits), heads = static_cast<int32_t>(p.num_heads.value);
-  const int64_t at = found_at(
-      p, sequence, head, static_cast<int32_t>(own_query * p.group_size.value + qo_head - head * p.group_size.value),
-      0);
+  const int64_t at =
+      found_at(p, sequence, head,
+               static_cast<int32_t>(own_query * p.group_size.value + qo_head - head * p.group_size.value), 0);
   const Cut cut = sequence.cut(p);
   const Range seen = sequence.seen(p.op, own_query);
   wait_for_previous_kernels();

@@ -23,7 +23,7 @@ struct KeyFinder {
 
   const TileAttention& p;
   const int32_t* table;
-  Range keys;  // that some row of the block sees; others are not there
+  Range keys;   // that some row of the block sees; others are not there
   int32_t key;  // this lane's, in this round
   // Of this round and the next: block and position, as they are loaded. Of the one after: the block.
   int32_t block, next_block, far_block;
@@ -94,7 +94,8 @@ struct TileGather {
   static constexpr int kOwn = KeyFinder<C>::kOwn, kRound = KeyFinder<C>::kTiles;
   static constexpr int kRowsAtOnce = 32 / kHalf, kPasses = kOwn / kRowsAtOnce;
   static constexpr int kLate = 2;
-  static_assert(C::kKeys == 64 && kOwn == 8 && C::kStages >= 4, "a byte of bits each; angles two tiles ahead");
+  static_assert(C::kKeys == 64 && kOwn == 8 && C::kStages >= 4,
+                "a byte of bits each; angles two tiles ahead");
 
   const TileAttention& p;
   const TileBarriers<C>& barriers;
@@ -147,6 +148,8 @@ struct TileGather {
         if (tile + 2 < num_tiles) bring_angles(tile + 2, (tile + 2) % C::kStages);
       }
     }
+    cp_async_commit();
+    cp_async_wait<0>();
   }
 
  private:

@@ -24,7 +24,7 @@ struct TileAttention : AttentionKernel {
   unsigned char* images;  // of each tile: the keys, then the values
   uint32_t* present;      // [kPresentWords]
   int32_t max_tiles;
-  int32_t num_items;  // of tiles of rows and their splits, for a KV head
+  int32_t num_items;                // of tiles of rows and their splits, for a KV head
   Divisor items_each, splits_each;  // of a sequence, without cu_seqlens_q
 
   __device__ __forceinline__ int64_t tile_index(int32_t sequence, int32_t head, int32_t tile) const {

@@ -74,7 +74,7 @@ struct TileBarriers {
     if (threadIdx.x % 32 == 0) {
       for (auto i = static_cast<int>(threadIdx.x / 32); i < C::kBarriers; i += C::kThreads / 32) {
         const int kind = i / C::kStages;
-        shared_barrier_init(base + i * 8, kind == 0                 ? kKeys
+        shared_barrier_init(base + i * 8, kind == 0                ? kKeys
                                           : kind == 1 || kind == 3 ? 4 * C::kGroups
                                           : kind >= 5              ? 1
                                           : C::kGathers            ? kThreads
@@ -246,12 +246,13 @@ __device__ __forceinline__ void to_operands(uint32_t (&weights)[kKeys / 16][4],
   }
 }
 
-// What splits found, for combine_rows.cuh: a warp's 16 rows, half of their dimensions at a time through shared
-// memory, so that it writes whole lines. A warp reads only what it wrote.
+// What splits found, for combine_rows.cuh: a warp's 16 rows, half of their dimensions at a time through
+// shared memory, so that it writes whole lines. A warp reads only what it wrote.
 template <typename C>
-__device__ __forceinline__ void store_found(const TileAttention& p, const TileWork& work, const TileSums& rows,
-                                            const float (&totals)[2], const float (&sums)[C::kDim / 2],
-                                            unsigned char* own, int first, int warp, int lane) {
+__device__ __forceinline__ void store_found(const TileAttention& p, const TileWork& work,
+                                            const TileSums& rows, const float (&totals)[2],
+                                            const float (&sums)[C::kDim / 2], unsigned char* own, int first,
+                                            int warp, int lane) {
   constexpr int kPieces = C::kDim / 8, kAtOnce = 32 / kPieces;  // of 16 bytes, of half a row; rows
   unsigned char* const staged = own + warp * 16 * (kPieces * 16);
   const auto place = [&](int row, int piece) {  // neighbouring rows in different banks
