@@ -11,6 +11,7 @@
 #pragma once
 
 #include "block_attention/gather_tiles.cuh"
+#include "block_attention/tile_results.cuh"
 
 namespace livevlm {
 
@@ -71,24 +72,36 @@ __device__ __forceinline__ void bring_queries(const TileAttention& p, const Tile
   cp_async_commit();
 }
 
-// Once they are there: rotates them if that is still to be done.
+// Once they are there: rotates them if that is still to be done. Angles of all of a thread's pieces are asked
+// for together.
 template <typename C>
 __device__ __forceinline__ void rotate_queries(const TileAttention& p, const TileWork& work, int group,
                                                int warp, int lane, unsigned char* image) {
-  constexpr int kPieces = C::kDim / 16;
+  constexpr int kPieces = C::kDim / 16, kItems = 16 * kPieces / 32;
+  const BlockAttention& op = p.op;
+  if (!op.q_positions) {
+    cp_async_wait<0>();
+    return;
+  }
+  const int piece = lane % kPieces;
+  const auto row_of = [&](int i) { return warp * 16 + (i * 32 + lane) / kPieces; };
+  float cosine[kItems][8], sine[kItems][8];
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int row = min(group * 64 + row_of(i), work.tile.num_rows - 1);  // there is one to load
+    const int64_t token = int64_t{work.tile.sequence.first_query} + work.tile.query_of(p, row);
+    const int64_t first = angle_row(op, query_position(op, token)) * C::kDim + piece * 8;
+    eight_angles(op, first, cosine[i]);
+    eight_angles(op, first + C::kDim / 2, sine[i]);
+  }
   cp_async_wait<0>();
-  if (!p.op.q_positions) return;
   __syncwarp();
-#pragma unroll 1
-  for (int i = 0; i < 16 * kPieces / 32; ++i) {
-    const int row = warp * 16 + (i * 32 + lane) / kPieces, piece = lane % kPieces;
-    if (group * 64 + row >= work.tile.num_rows) continue;
-    const auto number = static_cast<uint32_t>(work.tile.first_row + group * 64 + row);
-    const int64_t token = int64_t{work.tile.sequence.first_query} + p.group_size.quotient(number);
-    auto* const low = reinterpret_cast<uint4*>(image + image_offset<64>(row, piece));
-    auto* const high = reinterpret_cast<uint4*>(image + image_offset<64>(row, piece + kPieces));
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    auto* const low = reinterpret_cast<uint4*>(image + image_offset<64>(row_of(i), piece));
+    auto* const high = reinterpret_cast<uint4*>(image + image_offset<64>(row_of(i), piece + kPieces));
     uint4 a = *low, b = *high;
-    rotate_pieces<typename C::T, C::kDim>(p.op, angle_row(p.op, query_position(p.op, token)), piece, a, b);
+    rotate_pieces<typename C::T>(cosine[i], sine[i], a, b);
     *low = a, *high = b;
   }
 }
@@ -125,10 +138,10 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
   unsigned char* const own = memory + group * C::kQueryBytes;
   const int own_barrier = 1 + C::kGroups + group;
   Range* const limits = reinterpret_cast<Range*>(memory + C::kLimitsAt) + group * 64;
+  rotate_queries<C>(p, work, group, warp, lane, own);
   if (warp < 2) limits[warp * 32 + lane] = work.seen(p, group * 64 + warp * 32 + lane);
   // Tiles within these are seen by all rows of the warpgroup.
   const int32_t all_from = work.seen(p, group * 64 + 63).begin, all_to = work.seen(p, group * 64).end;
-  rotate_queries<C>(p, work, group, warp, lane, own);
   wgmma_fence_shared();
   named_barrier_wait(own_barrier, 128);
   if (C::kTurns && group == C::kGroups - 1) named_barrier_arrive(1, 256);  // the first warpgroup starts
@@ -206,9 +219,7 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
   named_barrier_wait(own_barrier, 128);  // all of the warpgroup are done with the queries
   store_rows<C>(p, work, rows, sums, own, group, warp, lane);
 }
-#endif  // LIVEVLM_SM90A
 
-#ifdef LIVEVLM_SM90A
 // What leads to the first key, its place in the table and how many keys there are, comes from memory at the
 // same time, and before kernels ahead have ended: they may still write it, but not what is in the L2 cache of
 // it behind its back. With cu_seqlens_q it takes too long to find out whose block this is.

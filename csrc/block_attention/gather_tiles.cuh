@@ -6,84 +6,15 @@
 // long the first ones take and that nothing waits for memory after them. Keys are copied as they are in the
 // pool to where they will be read, as soon as the table is there: whether anybody may see them is known only
 // once their positions are, so values wait for these, as zeros must be where nobody looks. Keys to be rotated
-// are rotated in place by the thread that copied them, with angles that it loaded a tile before.
+// are rotated in place by the thread that copied them, with angles that the copy engine brought: it is not in
+// line behind all the copies under way.
 #pragma once
 
-#include "block_attention/angles.cuh"
-#include "block_attention/tile_rows.cuh"
+#include "block_attention/key_finder.cuh"
 
 namespace livevlm {
 
 #ifdef LIVEVLM_SM90A
-
-// Keys that a warp brings, kOwn of a tile, of as many tiles as it has lanes for: a round.
-template <typename C>
-struct KeyFinder {
-  static constexpr int kOwn = C::kKeys / (4 * C::kBringers), kTiles = 32 / kOwn, kNext = kTiles * C::kKeys;
-
-  const TileAttention& p;
-  const int32_t* table;
-  Range keys;   // that some row of the block sees; others are not there
-  int32_t key;  // this lane's, in this round
-  // Of this round and the next: block and position, as they are loaded. Of the one after: the block.
-  int32_t block, next_block, far_block;
-  int64_t position, next_position;
-  uint32_t k_at, v_at;  // in pieces of 16 bytes
-
-  __device__ __forceinline__ KeyFinder(const TileAttention& p, const TileWork& work, int warp, int lane)
-      : p(p), table(table_of(p.op, work.tile.sequence.index, work.head)), keys(work.keys) {
-    key = work.first_tile * C::kKeys + lane / kOwn * C::kKeys + warp * kOwn + lane % kOwn;
-    // All that can be under way together is.
-    block = entry_of(key);
-    next_block = entry_of(key + kNext);
-    far_block = entry_of(key + 2 * kNext);
-    position = position_of(block, key);
-    next_position = position_of(next_block, key + kNext);
-    place();
-  }
-
-  __device__ __forceinline__ void next() {
-    key += kNext;
-    block = next_block, position = next_position;
-    place();
-    next_block = far_block;
-    next_position = position_of(next_block, key + kNext);
-    far_block = entry_of(key + 2 * kNext);
-  }
-
-  __device__ __forceinline__ bool in_pool() const { return block_exists(block); }
-  __device__ __forceinline__ bool there() const { return position >= 0; }
-  __device__ __forceinline__ int32_t angles() const {
-    return static_cast<int32_t>(angle_row(p.op, p.op.packed ? key : position));
-  }
-
- private:
-  __device__ __forceinline__ void place() {
-    const auto in = static_cast<uint32_t>(in_pool() ? block : 0);
-    k_at = in * p.k_block + slot_of(key) * p.k_slot;
-    v_at = in * p.v_block + slot_of(key) * p.v_slot;
-  }
-  __device__ __forceinline__ bool block_exists(int32_t of) const {
-    return static_cast<uint32_t>(of) < static_cast<uint64_t>(p.op.num_blocks);
-  }
-  __device__ __forceinline__ int32_t entry_of(int32_t of) const {
-    if (of < keys.begin || of >= keys.end) return -1;
-    return table[p.block_size.quotient(static_cast<uint32_t>(of))];
-  }
-  __device__ __forceinline__ uint32_t slot_of(int32_t of) const {
-    const auto number = static_cast<uint32_t>(of);
-    return number - p.block_size.quotient(number) * p.block_size.value;
-  }
-  // Negative: nothing to see.
-  __device__ __forceinline__ int64_t position_of(int32_t block, int32_t of) const {
-    const BlockAttention& op = p.op;
-    if (!block_exists(block)) return -1;
-    if (!op.positions) return of;
-    const int64_t at = block * op.block_size + slot_of(of);
-    if (op.positions_int64) return static_cast<const int64_t*>(op.positions)[at];
-    return static_cast<const int32_t*>(op.positions)[at];
-  }
-};
 
 // By kBringers warpgroups, each warp kOwn keys of every tile.
 template <typename C>
@@ -93,6 +24,7 @@ struct TileGather {
   static constexpr int kHalf = C::kDim / 16;  // pieces of half a row: neighbouring lanes have them
   static constexpr int kOwn = KeyFinder<C>::kOwn, kRound = KeyFinder<C>::kTiles;
   static constexpr int kRowsAtOnce = 32 / kHalf, kPasses = kOwn / kRowsAtOnce;
+  // A tile is brought in the turn of the one so many after that which had its place.
   static constexpr int kLate = 2;
   static_assert(C::kKeys == 64 && kOwn == 8 && C::kStages >= 4,
                 "a byte of bits each; angles two tiles ahead");
@@ -143,7 +75,6 @@ struct TileGather {
         __syncwarp();
         if (lane == 0) shared_barrier_arrive(barriers.keys_full(rotated.stage));
         rotated.next();
-        // To the place of the tile kLate before this one: products of the one after it have begun long since.
         if (tile >= kLate && tile - kLate + C::kStages < num_tiles) bring(tile - kLate + C::kStages);
         if (tile + 2 < num_tiles) bring_angles(tile + 2, (tile + 2) % C::kStages);
       }

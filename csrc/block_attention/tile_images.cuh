@@ -53,12 +53,9 @@ __device__ __forceinline__ void eight_angles(const BlockAttention& op, int64_t f
 }
 
 // Rotates 16 bytes of the first half of a row and those of its second half that belong to them.
-template <typename T, int kDim>
-__device__ __forceinline__ void rotate_pieces(const BlockAttention& op, int64_t row, int piece, uint4& low,
+template <typename T>
+__device__ __forceinline__ void rotate_pieces(const float (&cosine)[8], const float (&sine)[8], uint4& low,
                                               uint4& high) {
-  float cosine[8], sine[8];
-  eight_angles(op, row * kDim + piece * 8, cosine);
-  eight_angles(op, row * kDim + kDim / 2 + piece * 8, sine);
   uint32_t first[4] = {low.x, low.y, low.z, low.w}, second[4] = {high.x, high.y, high.z, high.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -147,8 +144,12 @@ __global__ void __launch_bounds__(kImageThreads, 4)
     for (int i = 0; i < kAhead; ++i) {
       const int key = (item + i * kImageThreads) / kPieces, piece = item % kPieces;
       if (key >= kKeys) continue;
-      if (op.cos_sin_cache && blocks[key] >= 0)
-        rotate_pieces<T, kDim>(op, angles[key], piece, k[i][0], k[i][1]);
+      if (op.cos_sin_cache && blocks[key] >= 0) {
+        float cosine[8], sine[8];
+        eight_angles(op, angles[key] * int64_t{kDim} + piece * 8, cosine);
+        eight_angles(op, angles[key] * int64_t{kDim} + kDim / 2 + piece * 8, sine);
+        rotate_pieces<T>(cosine, sine, k[i][0], k[i][1]);
+      }
       unsigned char* const low = image + image_offset<kKeys>(key, piece);
       unsigned char* const high = image + image_offset<kKeys>(key, piece + kPieces);
       *reinterpret_cast<uint4*>(low) = k[i][0];
