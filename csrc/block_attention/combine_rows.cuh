@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Combines what gather_tiles.cuh found for the splits of a sequence, a warp a row.
 //
-// All that was found for a row is loaded at once, kAtOnce splits of it, before it is known which of them have
-// keys: this kernel takes as long as memory takes to answer.
+// All that was found for a row is loaded at once, kAtOnce splits of it: this kernel takes as long as memory
+// takes to answer.
 #pragma once
 
 #include "block_attention/join_found.cuh"
@@ -46,12 +46,12 @@ __global__ void __launch_bounds__(kCombineRows * 32)
     Vec<float, 4> parts[kAtOnce / kSides];
 #pragma unroll
     for (int i = 0; i < kAtOnce / kSides; ++i) {
-      const int64_t split = min(first + i * kSides + side, num_splits - 1);
-      parts[i].load(p.found_out + (at + split * heads) * kDim + dim);
+      const int32_t split = first + i * kSides + side;
+      if (was_found(split)) parts[i].load(p.found_out + (at + int64_t{split} * heads) * kDim + dim);
     }
     const int32_t own_split = first + lane % kAtOnce;
-    float2 own = p.found_sums[at + int64_t{min(own_split, num_splits - 1)} * heads];
-    if (!was_found(own_split)) own = make_float2(kNoTop, 0.0f);
+    float2 own = make_float2(kNoTop, 0.0f);
+    if (was_found(own_split)) own = p.found_sums[at + int64_t{own_split} * heads];
     float most = fmaxf(top, own.x);
 #pragma unroll
     for (int i = 1; i < kAtOnce; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
