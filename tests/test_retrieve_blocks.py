@@ -157,6 +157,44 @@ def test_nan_blocks_are_never_chosen_but_as_sink_or_recent(backend, device):
 
 
 @each_backend
+@pytest.mark.parametrize("width", [64, 1700])
+def test_many_blocks_with_equal_scores(width, backend, device):
+    # Scores are small integers, so exact, and most are equal: what is taken of those is decided by their numbers.
+    q = torch.randint(-2, 3, (2, 1, 4, 4), device=device).float()
+    keys = torch.randint(-2, 3, (2, 5001, 2, 4), device=device).float()
+    keys[0, 5::97] = torch.nan
+    for options in ({}, {"per_head": True}, {"num_sink_blocks": 1, "num_recent_blocks": 2, "ratio": 0.3}):
+        options |= {"num_selected": width, "seq_lens": torch.tensor([5001, 4200], device=device)}
+        expected = retrieve_blocks(q, keys, **options, backend="reference")
+        for mine, right in zip(retrieve_blocks(q, keys, **options, backend=backend), expected, strict=True):
+            assert torch.equal(mine, right)
+
+
+@each_backend
+@pytest.mark.skipif(kit.INTERPRETED, reason="slow, and no other kernel in Triton")
+def test_more_blocks_than_shared_memory_holds(backend, device):
+    blocks = 800_000 if device == "cuda" else 40_000  # 16 thread blocks share a row on Hopper
+    q, keys = torch.ones(1, 1, 1, 1, device=device), torch.randint(-9, 10, (1, blocks, 1, 1), device=device).float()
+    table, count = retrieve_blocks(q, keys, num_selected=7000, num_recent_blocks=1, backend=backend)
+    expected, _ = retrieve_blocks(q, keys, num_selected=7000, num_recent_blocks=1, backend="reference")
+    assert torch.equal(table, expected) and count.tolist() == [7000]
+
+
+@each_backend
+@pytest.mark.parametrize("kind", ["mean", "mass"])
+def test_many_blocks_share_a_softmax(kind, backend, device):
+    q, keys = torch.randn(1, 1, 2, 4, device=device), torch.randn(1, 4500, 2, 4, device=device) * 3
+    options = {"kind": kind, "pooling": "softmax", "num_selected": 40, "num_recent_blocks": 1, "backend": backend}
+    options["block_size"] = 1 if kind == "mass" else None
+    table, counts = retrieve_blocks(q, keys, **options)
+    scores = naive_scores(q[0], keys[0], "mean", "softmax", 4500, 0.5).sum(0)
+    expect_best(table[0], counts[0], scores.tolist(), 40, [4499])
+    keys[0, 123, 1, 2] = torch.nan
+    table, counts = retrieve_blocks(q, keys, **options)
+    assert table[0].tolist() == [4499] + [-1] * 39 and counts.tolist() == [1]
+
+
+@each_backend
 def test_wide_table_has_every_block(backend, device):
     q, keys = inputs((2, 3, 60, 6, 2, 16), "mean", device)
     table, counts = retrieve_blocks(q, keys, num_selected=20, per_head=True, backend=backend)

@@ -17,7 +17,7 @@ namespace livevlm {
 inline constexpr int64_t kTargetBlocks = 132;
 inline constexpr int64_t kMostWeights = 8192;  // floats of shared memory, if a head has not more
 inline constexpr int64_t kManyBlocks = 3168;  // from here a warp scores several: 24 for each of kTargetBlocks
-inline constexpr int64_t kFewBlocks = 4096;   // up to here the selection adds up heads itself
+inline constexpr int64_t kFewBlocks = 4096;   // up to here one thread block finds the best of a row
 
 inline int64_t bytes_of(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : 2;
@@ -75,6 +75,7 @@ inline ScoreTokens mass_of(const RetrieveBlocks& op, float* out) {
   mass.sm_scale = op.sm_scale;
   mass.per_head = true;
   mass.num_shared = 1;
+  mass.num_splits = ceil_div(kTargetBlocks, op.num_heads);
   mass.out = out;
   return mass;
 }
@@ -129,8 +130,7 @@ inline RetrievalPlan plan_retrieval(const RetrieveBlocks& op, void* workspace) {
   } else {
     kernel.scale = op.sm_scale * 1.4426950408889634f;
     kernel.num_rows = static_cast<int32_t>(op.num_queries * op.group_size);
-    plan.add_parts =
-        op.kind == BlockScore::kMass || (!op.per_head && op.num_heads > 1 && kernel.num_blocks > kFewBlocks);
+    plan.add_parts = op.kind == BlockScore::kMass;
     kernel.part_count = op.kind == BlockScore::kMass ? op.num_entries : kernel.num_blocks;
     kernel.parts = scratch.take<float>(heads * kernel.part_count);
     if (op.kind == BlockScore::kMass) {

@@ -98,19 +98,52 @@ void launch_softmax(const RetrieveKernel& kernel, cudaStream_t stream) {
   launch_mma<__nv_bfloat16, __nv_bfloat16>(kernel, grid, stream);
 }
 
-void launch_top(const RetrieveKernel& kernel, cudaStream_t stream) {
+// Launches `pick` in the largest clusters that the GPU has a place for; bytes(cluster size): of shared
+// memory. False if it has none.
+template <typename Bytes>
+bool launch_clusters(void (*pick)(RetrieveKernel), RetrieveKernel kernel, Bytes bytes, cudaStream_t stream) {
+  constexpr const char* kName = "retrieve_blocks: selection";
   const int64_t rows = kernel.op.batch * (kernel.op.per_head ? kernel.op.num_heads : 1);
-  const auto launch = [&](auto pick, int threads, int64_t shared_bytes) {
-    launch_overlapping(pick, grid_of(rows), threads, static_cast<size_t>(shared_bytes), stream, kernel,
+#ifndef LIVEVLM_EMULATED
+  if (built_for_hopper(pick, kName)) {
+    for (int size = kMostRanks; size >= kMostRanks / 2; size /= 2) {
+      kernel.cluster_size = size;
+      if (bytes(size) > max_shared_bytes()) continue;
+      HopperLaunch<RetrieveKernel> launch(pick, grid_of(rows * size), kManyThreads,
+                                          static_cast<size_t>(bytes(size)), stream, size, true, kName);
+      if (!launch.fits()) continue;
+      launch.run(kernel);
+      return true;
+    }
+  }
+#endif
+  kernel.cluster_size = 1;
+  if (bytes(1) > max_shared_bytes()) return false;
+  launch_overlapping(pick, grid_of(rows), kManyThreads, static_cast<size_t>(bytes(1)), stream, kernel, kName);
+  return true;
+}
+
+void launch_many(const RetrieveKernel& kernel, cudaStream_t stream) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(ClusterShared));
+  const auto staged = [&](int64_t size) {
+    return kBytes + ceil_div(kernel.num_blocks, size) * static_cast<int64_t>(sizeof(uint32_t));
+  };
+  if (launch_clusters(pick_many_blocks_kernel<true>, kernel, staged, stream)) return;
+  launch_clusters(pick_many_blocks_kernel<false>, kernel, [](int64_t) { return kBytes; }, stream);
+}
+
+void launch_top(const RetrieveKernel& kernel, cudaStream_t stream) {
+  if (kernel.num_blocks > kFewBlocks) return launch_many(kernel, stream);
+  const int64_t rows = kernel.op.batch * (kernel.op.per_head ? kernel.op.num_heads : 1);
+  const int64_t bytes = static_cast<int64_t>(sizeof(PickShared)) + mark_bytes(kernel.num_blocks);
+  const auto launch = [&](auto pick, int threads) {
+    launch_overlapping(pick, grid_of(rows), threads, static_cast<size_t>(bytes), stream, kernel,
                        "retrieve_blocks: selection");
   };
-  if (kernel.num_blocks > kMarkRows) return launch(pick_many_blocks_kernel, kRowThreads, sizeof(TopShared));
-  const int64_t bytes = static_cast<int64_t>(sizeof(PickShared)) + mark_bytes(kernel.num_blocks);
   // Few threads have less to wait for each other; more have more of a long row on its way.
-  if (kernel.num_blocks <= 256 * 4) return launch(pick_blocks_kernel<256, 4, 4>, 256, bytes);
-  if (kernel.num_blocks <= 512 * 8) return launch(pick_blocks_kernel<512, 8, 4>, 512, bytes);
-  if (kernel.num_blocks <= 1024 * 16) return launch(pick_blocks_kernel<1024, 16, 1>, 1024, bytes);
-  launch(pick_blocks_kernel<1024, 0, 1>, 1024, bytes);
+  if (kernel.num_blocks <= 256 * 4) return launch(pick_few_blocks_kernel<256, 4, 4>, 256);
+  launch(pick_few_blocks_kernel<512, 8, 4>, 512);
+  static_assert(kFewBlocks == 512 * 8);
 }
 
 }  // namespace
@@ -132,10 +165,8 @@ void retrieve_blocks_cuda(const RetrieveBlocks& op, void* workspace, void* strea
   }
   if (all.add_parts) {
     const int64_t scores = op.batch * (op.per_head ? op.num_heads : 1) * kernel.num_blocks;
-    const auto launch =
-        op.kind == BlockScore::kMass ? &launch_kernel<RetrieveKernel> : &launch_overlapping<RetrieveKernel>;
-    launch(add_parts_kernel<kAddThreads>, grid_of(ceil_div(scores, kAddThreads / kAddLanes)), kAddThreads, 0,
-           cuda_stream, kernel, "retrieve_blocks: sums of parts");
+    launch_overlapping(add_parts_kernel<kAddThreads>, grid_of(ceil_div(scores, kAddThreads / kAddLanes)),
+                       kAddThreads, 0, cuda_stream, kernel, "retrieve_blocks: sums of parts");
   }
   launch_top(kernel, cuda_stream);
 }

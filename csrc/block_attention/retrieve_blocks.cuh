@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the CUDA kernels of `retrieve_blocks` share.
 //
-// Scores go to scratch memory, then one thread block a row finds the best (top_blocks.cuh). How they are
-// made:
+// Scores go to scratch memory, then one thread block or one cluster a row finds the best (top_blocks.cuh).
+// How they are made:
 //   pooling "query"    block_scores.cuh: one dot product of a summary and a sum of queries
 //   pooling "softmax"  block_shares_mma.cuh, block_shares_fma.cuh: two passes over the logits
 //   kind "mass"        score_tokens, whose scores are added up by block (top_blocks.cuh)
@@ -48,6 +48,7 @@ struct RetrieveKernel {
   // read.
   float* scores;
   int32_t added_heads;
+  int32_t cluster_size;  // thread blocks that find the best of a row of many blocks
 };
 
 __device__ __forceinline__ int64_t valid_entries(const RetrieveBlocks& op, int64_t batch) {

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// From scores to a block table: one thread block a row of scores.
+// From scores to a block table: rows of few blocks by one thread block each, others by a cluster.
 #pragma once
 
-#include "block_attention/retrieve_blocks.cuh"
-#include "block_attention/retrieve_blocks_top.cuh"
-#include "kv_evict/top_tokens.cuh"
+#include "block_attention/few_blocks.cuh"
+#include "block_attention/many_blocks.cuh"
 
 namespace livevlm {
 
@@ -56,14 +55,18 @@ struct ScoreRow {
   int32_t heads, stride;  // that are added up, and how far apart they are
   bool poisoned = false;  // no block has a score
 
-  __device__ __forceinline__ explicit ScoreRow(const RetrieveKernel& p)
-      : row(blockIdx.x),
+  __device__ __forceinline__ ScoreRow(const RetrieveKernel& p, int64_t row)
+      : row(row),
         blocks(valid_blocks(p.op, batch_of(p.op, row))),
         sinks(static_cast<int32_t>(min(p.op.num_sink_blocks, int64_t{blocks}))),
         recent(static_cast<int32_t>(max(blocks - p.op.num_recent_blocks, int64_t{0}))),
         scores(p.scores + row * p.added_heads * p.num_blocks),
         heads(p.added_heads),
         stride(p.num_blocks) {}
+
+  __device__ __forceinline__ float score(int32_t block) const {
+    return sum_of(0, 1, heads, [&](int64_t head) { return __ldcg(scores + head * stride + block); });
+  }
 
   __device__ __forceinline__ uint32_t key(int32_t block, float score) const {
     const uint32_t key = poisoned ? kNeverKey : score_key(score);
@@ -124,82 +127,72 @@ class HeldKeys {
   uint32_t keys_[kWords];
 };
 
-// The same for rows that registers do not hold: scores are read again each time. Only one head.
-template <int kThreads>
-class ReadKeys {
- public:
-  __device__ __forceinline__ ReadKeys(ScoreRow& row, bool can_be_poisoned) : row_(row) {
-    if (!can_be_poisoned) return;
-    bool any = false;
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < row.blocks; i += kThreads)
-      any |= score_is_nan(__ldcg(row.scores + i));
-    row.poisoned = __syncthreads_or(any) != 0;
-  }
-
-  template <typename F>
-  __device__ __forceinline__ void each(F f) const {
-    constexpr int kAhead = 16;
-    for (auto first = static_cast<int32_t>(threadIdx.x); first - row_lane() < row_.blocks;
-         first += kAhead * kThreads) {
-      float loaded[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        loaded[i] = first + i * kThreads < row_.blocks ? __ldcg(row_.scores + first + i * kThreads) : 0.0f;
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int32_t block = first + i * kThreads;
-        if (block - row_lane() >= row_.blocks) break;
-        f(block, block < row_.blocks ? row_.key(block, loaded[i]) : kNeverKey);
-      }
-    }
-  }
-
- private:
-  const ScoreRow& row_;
-};
-
-// One thread block a row. kWords: keys a thread has in registers; 0: they are read again.
+// Rows of few blocks: see few_blocks.cuh.
 template <int kThreads, int kWords, int kHeads>
-__global__ void __launch_bounds__(kThreads, 1) pick_blocks_kernel(const __grid_constant__ RetrieveKernel p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    pick_few_blocks_kernel(const __grid_constant__ RetrieveKernel p) {
   LIVEVLM_DYNAMIC_SHARED(PickShared, memory);
-  ScoreRow row(p);
+  let_next_kernel_start();
+  ScoreRow row(p, blockIdx.x);
   Picker<kThreads> picker(memory, row.blocks);
   const auto width = static_cast<uint32_t>(table_width(p.op, row.blocks));
   wait_for_previous_kernels();
   __syncthreads();
-  const auto pick = [&](const auto& keys) { picker.pick(keys, width); };
   // score_tokens gives NaN to the tokens that made a softmax NaN, and zero to all others.
   const bool can_be_poisoned = p.op.kind == BlockScore::kMass;
-  if constexpr (kWords > 0) {
-    pick(HeldKeys<kThreads, kWords, kHeads>(row, can_be_poisoned));
-  } else {
-    pick(ReadKeys<kThreads>(row, can_be_poisoned));
-  }
+  picker.pick(HeldKeys<kThreads, kWords, kHeads>(row, can_be_poisoned), width);
   picker.write(p.op.block_table + row.row * p.op.num_selected, p.op.num_selected, p.op.counts + row.row);
 }
 
-// Rows of more blocks than there is shared memory for a bit of each.
-__global__ void __launch_bounds__(kRowThreads, 1)
+// Finds the best blocks of a row and writes them; see find_cut.
+template <typename KeyOf>
+__device__ __forceinline__ void pick_row(const RetrieveKernel& p, const ScoreRow& row, ClusterShared& shared,
+                                         const RowPart& own, KeyOf key_of) {
+  const auto width = static_cast<uint32_t>(table_width(p.op, row.blocks));
+  const KeyCut cut = find_cut(shared, own, key_of, width);
+  write_picked(shared, own, key_of, cut, p.op.block_table + row.row * p.op.num_selected, p.op.num_selected,
+               p.op.counts + row.row);
+}
+
+// Rows of many blocks: see many_blocks.cuh. Keys are kept in shared memory; if not kStaged, which is for rows
+// too long, they are made again each time.
+template <bool kStaged>
+__global__ void __launch_bounds__(kManyThreads, 1)
     pick_many_blocks_kernel(const __grid_constant__ RetrieveKernel p) {
-  LIVEVLM_DYNAMIC_SHARED(TopShared, top);
-  TopShared& shared = *top;
-  ScoreRow row(p);
+  LIVEVLM_DYNAMIC_SHARED(ClusterShared, memory);
+  ClusterShared& shared = *memory;
+  auto* const staged = reinterpret_cast<uint32_t*>(memory + 1);
+  ScoreRow row(p, blockIdx.x / static_cast<uint32_t>(p.cluster_size));
+  const RowPart own(row.blocks, p.cluster_size);
+  clear(shared, own.size);
+  let_next_kernel_start();
   wait_for_previous_kernels();
+  const auto make_key = [&](int32_t i) { return row.key(own.first + i, row.score(own.first + i)); };
+  if (row_warp() == 0) cluster_wait();  // all blocks have started
+  __syncthreads();
+  // score_tokens gives NaN to the tokens that made a softmax NaN, and zero to all others.
   if (p.op.kind == BlockScore::kMass) {
     bool any = false;
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < row.blocks; i += kRowThreads)
-      any |= score_is_nan(__ldcg(row.scores + i));
-    row.poisoned = __syncthreads_or(any) != 0;
+    for (auto i = static_cast<int32_t>(threadIdx.x); i < own.count; i += kManyThreads)
+      any |= score_is_nan(row.score(own.first + i));
+    any = __syncthreads_or(any) != 0;
+    if (threadIdx.x < own.size) {
+      announce_mail(threadIdx.x, &shared.poison_box, 1);
+      send_to_add(threadIdx.x, &shared.poison_box, &shared.ranks_poisoned, any ? 1 : 0);
+    }
+    wait_for_mail(&shared.poison_box);
+    row.poisoned = shared.ranks_poisoned != 0;
   }
-  const auto read_key = [&](int32_t block) { return row.key(block, __ldcg(row.scores + block)); };
-  const RowKeys<false, decltype(read_key)> keys(row.blocks, read_key, nullptr);
-  const auto width = static_cast<uint32_t>(table_width(p.op, row.blocks));
-  const Cut cut =
-      find_cut(keys, width, false, width, shared, [](int32_t, uint32_t key, auto) { return key; });
-  const int32_t count = write_indices(
-      keys, p.op.num_selected, p.op.block_table + row.row * p.op.num_selected, shared,
-      [&](int32_t block, uint32_t key, auto) { return key != kNeverKey && cut.takes(key, block); });
-  if (threadIdx.x == 0) p.op.counts[row.row] = count;
+  if constexpr (!kStaged) {
+    pick_row(p, row, shared, own, make_key);
+  } else {
+    each_key(static_cast<int32_t>(threadIdx.x), kManyThreads, own.count, make_key,
+             [&](int32_t i, uint32_t key) {
+               if (i < own.count) staged[i] = key;
+             });
+    __syncthreads();
+    pick_row(p, row, shared, own, [&](int32_t i) { return staged[i]; });
+  }
 }
 
 }  // namespace livevlm

@@ -113,31 +113,67 @@ void launch_kernel(void (*kernel)(Params), dim3 grid, dim3 threads, size_t share
 #endif
 }
 
+#ifndef LIVEVLM_EMULATED
+// Whether a kernel was compiled for sm_90 or later: code for sm_80 that runs on an sm_90 does not count.
+template <typename Params>
+bool built_for_hopper(void (*kernel)(Params), const char* name) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
+  return attributes.ptxVersion >= 90;
+}
+
+// A launch on a GPU from sm_90 on: of clusters of `cluster_size` thread blocks, and overlapping if wanted.
+template <typename Params>
+class HopperLaunch {
+ public:
+  HopperLaunch(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+               int cluster_size, bool overlap, const char* name)
+      : kernel_(kernel), name_(name) {
+    if (shared_bytes > 48 * 1024) allow_shared_bytes(kernel, shared_bytes, name);
+    if (cluster_size > 8) {
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+    }
+    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes_[0].val.programmaticStreamSerializationAllowed = overlap ? 1 : 0;
+    attributes_[1].id = cudaLaunchAttributeClusterDimension;
+    attributes_[1].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
+    config_.gridDim = grid;
+    config_.blockDim = threads;
+    config_.dynamicSmemBytes = shared_bytes;
+    config_.stream = stream;
+    config_.attrs = attributes_;
+    config_.numAttrs = cluster_size > 1 ? 2 : 1;
+  }
+  HopperLaunch(const HopperLaunch&) = delete;
+
+  // Whether the GPU has a place for a cluster.
+  bool fits() {
+    int clusters = 0;
+    const bool fits =
+        cudaOccupancyMaxActiveClusters(&clusters, kernel_, &config_) == cudaSuccess && clusters > 0;
+    if (!fits) cudaGetLastError();
+    return fits;
+  }
+
+  void run(const Params& params) { check_cuda(cudaLaunchKernelEx(&config_, kernel_, params), name_); }
+
+ private:
+  void (*kernel_)(Params);
+  const char* name_;
+  cudaLaunchAttribute attributes_[2]{};
+  cudaLaunchConfig_t config_{};
+};
+#endif
+
 // The same, but the kernel may start while the one before it on the stream ends, if that one calls
-// let_next_kernel_start(). The kernel must call wait_for_previous_kernels(): see common/ptx.cuh. Only for two
-// kernels of one op, between which nothing else is on the stream.
+// let_next_kernel_start(). The kernel must call wait_for_previous_kernels(): see common/ptx.cuh. The first
+// kernel of an op must do so before it reads anything: those before it are of others.
 template <typename Params>
 void launch_overlapping(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes,
                         cudaStream_t stream, const Params& params, const char* name) {
 #ifndef LIVEVLM_EMULATED
-  // What counts is what the kernel was compiled for: code for sm_80 that runs on an sm_90 would not wait.
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
-  if (attributes.ptxVersion >= 90) {
-    if (shared_bytes > 48 * 1024) allow_shared_bytes(kernel, shared_bytes, name);
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = threads;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, params), name);
-    return;
-  }
+  if (built_for_hopper(kernel, name))
+    return HopperLaunch<Params>(kernel, grid, threads, shared_bytes, stream, 1, true, name).run(params);
 #endif
   launch_kernel(kernel, grid, threads, shared_bytes, stream, params, name);
 }

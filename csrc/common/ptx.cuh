@@ -12,6 +12,10 @@
 namespace livevlm {
 
 #ifdef LIVEVLM_EMULATED
+using emu::announce_mail;
+using emu::cluster_arrive;
+using emu::cluster_rank;
+using emu::cluster_wait;
 using emu::cp_async16;
 using emu::cp_async_commit;
 using emu::cp_async_wait;
@@ -21,9 +25,13 @@ using emu::load_acquire;
 using emu::max_or_nan;
 using emu::min_or_nan;
 using emu::mma_m16n8k16;
+using emu::open_mailbox;
 using emu::prefetch_l2;
+using emu::send;
+using emu::send_to_add;
 using emu::store_release;
 using emu::transpose_8x8;
+using emu::wait_for_mail;
 using emu::wait_for_previous_kernels;
 #else
 
@@ -59,6 +67,111 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
 
 __device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+
+// Clusters of thread blocks, which reach into each other's shared memory; from sm_90. Before it, and in a
+// kernel that was launched without, a thread block is a cluster of its own.
+__device__ __forceinline__ uint32_t cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+// A barrier of the cluster in two halves: until all its blocks have started, none may write to another. What
+// a thread wrote before it arrived is seen after the wait. One warp may wait for its block, and a
+// __syncthreads() follow. That is slow; mail is not.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Mail between the blocks of a cluster: words are written to another's shared memory, whose threads wait in
+// wait_for_mail() until all is there. A mailbox is used once; a block must not end before it has got all that
+// is sent to it.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t address_in_block(uint32_t rank, const void* own) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(own))), "r"(rank));
+  return address;
+}
+#endif
+
+// By one thread, before the cluster_arrive() at the start.
+__device__ __forceinline__ void open_mailbox(uint64_t* box, uint32_t senders) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(box))),
+      "r"(senders)
+      : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// By one thread of each sender: how many words it sends to block `rank`, before or after it does.
+__device__ __forceinline__ void announce_mail(uint32_t rank, uint64_t* box, uint32_t words) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(
+                   address_in_block(rank, box)),
+               "r"(words * 4)
+               : "memory");
+#endif
+}
+
+// `*target = value` in block `rank`.
+__device__ __forceinline__ void send(uint32_t rank, uint64_t* box, uint32_t* target, uint32_t value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
+                   address_in_block(rank, target)),
+               "r"(value), "r"(address_in_block(rank, box))
+               : "memory");
+#else
+  *target = value;
+#endif
+}
+
+// `*target += value` in block `rank`.
+__device__ __forceinline__ void send_to_add(uint32_t rank, uint64_t* box, uint32_t* target, uint32_t value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];" ::"r"(
+          address_in_block(rank, target)),
+      "r"(value), "r"(address_in_block(rank, box))
+      : "memory");
+#else
+  atomicAdd(target, value);
+#endif
+}
+
+// By all threads.
+__device__ __forceinline__ void wait_for_mail(uint64_t* box) {
+#if __CUDA_ARCH__ >= 900
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(box));
+  uint32_t done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address)
+        : "memory");
+  }
+#else
+  __syncthreads();
+#endif
 }
 
 // As torch.amin and amax, these return NaN if either value is one; fminf and fmaxf would return the other.

@@ -51,6 +51,7 @@ template <typename T, int kDim, bool kSecond>
 __global__ void __launch_bounds__(kScoreThreads, 1) score_mma_kernel(const __grid_constant__ ScoreKernel p) {
   LIVEVLM_DYNAMIC_SHARED(char, memory);
   const ScoreTask task(p);
+  let_next_kernel_start();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   float* const vectors = reinterpret_cast<float*>(memory + p.block_rows * kRowBytes<kDim>);
   float* const tops = vectors + warp * 2 * p.block_rows;  // first pass: each warp has its own running sums
@@ -67,6 +68,9 @@ __global__ void __launch_bounds__(kScoreThreads, 1) score_mma_kernel(const __gri
       cp_async16(memory + row * kRowBytes<kDim> + piece * 16, query + piece * 8, row < num_rows);
     }
     cp_async_commit();
+    if constexpr (kSecond) {
+      if (first_row == 0) wait_for_previous_kernels();
+    }
     for (int i = thread; i < padded; i += kScoreThreads) {
       if constexpr (kSecond) {
         vectors[i] = i < num_rows ? log_sum(p, task, first_row + i) : INFINITY;

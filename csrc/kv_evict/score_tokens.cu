@@ -35,12 +35,14 @@ bool uses_mma(const ScoreTokens& op) {
 #endif
 }
 
-// Eight splits of the keys, but none longer than kMostTokens. This follows from the sequence's length alone:
-// sums of a split are rounded together, and a sequence's scores must not depend on what else is in the batch.
+// `num_splits` splits of the keys, but none longer than kMostTokens. This follows from the sequence's length
+// alone: sums of a split are rounded together, and a sequence's scores must not depend on what else is in the
+// batch.
 void plan_splits(ScoreKernel& kernel, int64_t tile_tokens) {
-  constexpr int64_t kSplits = 8, kMostTokens = 2304;
+  constexpr int64_t kMostTokens = 2304;
   const int64_t tiles = ceil_div(kernel.op.seq_len, tile_tokens);
-  const int64_t per_split = std::clamp<int64_t>(ceil_div(tiles, kSplits), 1, kMostTokens / tile_tokens);
+  const int64_t per_split =
+      std::clamp<int64_t>(ceil_div(tiles, kernel.op.num_splits), 1, kMostTokens / tile_tokens);
   kernel.split_tokens = static_cast<int32_t>(per_split * tile_tokens);
   kernel.num_splits = static_cast<int32_t>(ceil_div(kernel.op.seq_len, kernel.split_tokens));
 }
@@ -88,8 +90,8 @@ void launch_wgmma(ScoreKernel kernel, dim3 grid, cudaStream_t stream) {
   const auto shared = static_cast<size_t>(kernel.block_rows * kBytes);
   launch_kernel(score_wgmma_kernel<T, kDim, false>, grid, kWgmmaThreads, shared, stream, kernel,
                 "score_tokens: sums");
-  launch_kernel(score_wgmma_kernel<T, kDim, true>, grid, kWgmmaThreads, shared, stream, kernel,
-                "score_tokens: shares");
+  launch_overlapping(score_wgmma_kernel<T, kDim, true>, grid, kWgmmaThreads, shared, stream, kernel,
+                     "score_tokens: shares");
 }
 #endif
 
@@ -100,8 +102,8 @@ void launch_mma(ScoreKernel kernel, dim3 grid, cudaStream_t stream) {
   const auto shared = static_cast<size_t>(kernel.block_rows * kBytes);
   launch_kernel(score_mma_kernel<T, kDim, false>, grid, kScoreThreads, shared, stream, kernel,
                 "score_tokens: sums");
-  launch_kernel(score_mma_kernel<T, kDim, true>, grid, kScoreThreads, shared, stream, kernel,
-                "score_tokens: shares");
+  launch_overlapping(score_mma_kernel<T, kDim, true>, grid, kScoreThreads, shared, stream, kernel,
+                     "score_tokens: shares");
 }
 
 template <typename T>

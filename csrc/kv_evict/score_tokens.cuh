@@ -87,9 +87,19 @@ __device__ __forceinline__ float2 merged(float2 a, float2 b) {
 
 // log2 of a row's whole sum; infinite if it sees no key, so that its share of every key is zero.
 __device__ __forceinline__ float log_sum(const ScoreKernel& p, const ScoreTask& task, int32_t row) {
+  constexpr int kAhead = 8;
   const float2* partials = p.partials + task.batch_head * p.num_splits * p.num_rows + row;
   float2 all = {kNoTop, 0.0f};
-  for (int i = 0; i < p.num_splits; ++i) all = merged(all, partials[int64_t{i} * p.num_rows]);
+  for (int first = 0; first < p.num_splits; first += kAhead) {
+    float2 loaded[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      loaded[i] = {kNoTop, 0.0f};
+      if (first + i < p.num_splits) loaded[i] = __ldcg(&partials[int64_t{first + i} * p.num_rows]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) all = merged(all, loaded[i]);
+  }
   return all.y > 0.0f ? all.x + log2f(all.y) : INFINITY;
 }
 

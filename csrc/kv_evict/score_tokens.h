@@ -24,7 +24,8 @@ struct ScoreTokens {
   float sm_scale;
   bool causal, per_head;
   int64_t num_shared;
-  float* out;  // [batch, num_heads, seq_len] if per_head, else [batch / num_shared, seq_len]
+  float* out;              // [batch, num_heads, seq_len] if per_head, else [batch / num_shared, seq_len]
+  int64_t num_splits = 8;  // of the keys, or more: see plan_splits in score_tokens.cu
 };
 
 LIVEVLM_CPU_KERNEL(score_tokens_cpu, ScoreTokens)

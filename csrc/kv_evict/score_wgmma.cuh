@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   extern __shared__ __align__(1024) unsigned char wgmma_memory[];
   char* const memory = reinterpret_cast<char*>(wgmma_memory);
   const ScoreTask task(p);
+  let_next_kernel_start();
   // Through a shuffle, so that the compiler knows that a warp does not diverge over it.
   const int thread = static_cast<int>(threadIdx.x), warp = __shfl_sync(~0u, thread / 32, 0);
   const int group = warp / 4;
@@ -70,6 +71,9 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
           *reinterpret_cast<uint32_t*>(panel + ((chunk + j) ^ row % 8) * 16 + piece % 4 * 4) = four[j];
         }
       }
+    }
+    if constexpr (kSecond) {
+      if (first_row == 0) wait_for_previous_kernels();
     }
     for (int i = thread; i < padded; i += kWgmmaThreads) {
       if constexpr (kSecond) {

@@ -16,7 +16,6 @@ namespace livevlm {
 
 inline constexpr int kBins = 2048, kBinPasses = 3;  // 11, 11 and 10 bits of a key
 inline constexpr int kMostTied = 160;               // keys that are ranked at once
-inline constexpr int kMarkRows = 1 << 19;           // blocks whose bits fit into shared memory
 
 struct FoundBin {
   uint32_t digit, size;
