@@ -110,7 +110,7 @@ bool launch_clusters(void (*pick)(RetrieveKernel), RetrieveKernel kernel, Bytes 
       kernel.cluster_size = size;
       if (bytes(size) > max_shared_bytes()) continue;
       HopperLaunch<RetrieveKernel> launch(pick, grid_of(rows * size), kManyThreads,
-                                          static_cast<size_t>(bytes(size)), stream, size, true, kName);
+                                          static_cast<size_t>(bytes(size)), stream, size, kName);
       if (!launch.fits()) continue;
       launch.run(kernel);
       return true;

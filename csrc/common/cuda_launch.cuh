@@ -122,19 +122,19 @@ bool built_for_hopper(void (*kernel)(Params), const char* name) {
   return attributes.ptxVersion >= 90;
 }
 
-// A launch on a GPU from sm_90 on: of clusters of `cluster_size` thread blocks, and overlapping if wanted.
+// An overlapping launch (see below) of clusters of `cluster_size` thread blocks, for GPUs from sm_90 on.
 template <typename Params>
 class HopperLaunch {
  public:
   HopperLaunch(void (*kernel)(Params), dim3 grid, dim3 threads, size_t shared_bytes, cudaStream_t stream,
-               int cluster_size, bool overlap, const char* name)
+               int cluster_size, const char* name)
       : kernel_(kernel), name_(name) {
     if (shared_bytes > 48 * 1024) allow_shared_bytes(kernel, shared_bytes, name);
     if (cluster_size > 8) {
       check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
     }
     attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes_[0].val.programmaticStreamSerializationAllowed = overlap ? 1 : 0;
+    attributes_[0].val.programmaticStreamSerializationAllowed = 1;
     attributes_[1].id = cudaLaunchAttributeClusterDimension;
     attributes_[1].val.clusterDim = {static_cast<unsigned>(cluster_size), 1, 1};
     config_.gridDim = grid;
@@ -173,7 +173,7 @@ void launch_overlapping(void (*kernel)(Params), dim3 grid, dim3 threads, size_t 
                         cudaStream_t stream, const Params& params, const char* name) {
 #ifndef LIVEVLM_EMULATED
   if (built_for_hopper(kernel, name))
-    return HopperLaunch<Params>(kernel, grid, threads, shared_bytes, stream, 1, true, name).run(params);
+    return HopperLaunch<Params>(kernel, grid, threads, shared_bytes, stream, 1, name).run(params);
 #endif
   launch_kernel(kernel, grid, threads, shared_bytes, stream, params, name);
 }
