@@ -79,4 +79,34 @@ __device__ __forceinline__ void rotate8(uint4& low, uint4& high, const Angles8<A
   }
 }
 
+// Angles of whichever table the op has.
+struct AnyAngles8 {
+  Angles8<FloatAngles> words;  // in half precision the first of two
+
+  __device__ __forceinline__ void load(const BlockAttention& op, int64_t row, int first) {
+    if (!op.cos_sin_half) return words.load(op, row, first);
+    Angles8<HalfAngles> half;
+    half.load(op, row, first);
+    words.cosine[0] = half.cosine[0], words.sine[0] = half.sine[0];
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void rotate(const BlockAttention& op, uint4& low, uint4& high) const {
+    if (!op.cos_sin_half) return rotate8<T>(low, high, words);
+    rotate8<T>(low, high, Angles8<HalfAngles>{{words.cosine[0]}, {words.sine[0]}});
+  }
+};
+
+// Rotates by row `row` of the op's table, dimensions from `first` on.
+template <typename T>
+__device__ __forceinline__ void rotate_by_table(const BlockAttention& op, int64_t row, int first, uint4& low,
+                                                uint4& high) {
+  const auto rotate = [&](auto angle) {
+    Angles8<typename decltype(angle)::type> angles;
+    angles.load(op, row, first);
+    rotate8<T>(low, high, angles);
+  };
+  op.cos_sin_half ? rotate(TypeTag<HalfAngles>{}) : rotate(TypeTag<FloatAngles>{});
+}
+
 }  // namespace livevlm

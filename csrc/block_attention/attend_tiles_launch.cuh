@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host side of the Hopper kernels of `block_attention`.
+// Host side of the kernels of `block_attention` for many rows.
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
+
 #include "block_attention/attend_tiles.cuh"
+#include "block_attention/attend_tiles_mma.cuh"
 #include "common/cuda_launch.cuh"
 
 namespace livevlm {
@@ -22,15 +26,27 @@ inline constexpr int kGatheredAtOnce =
 template <typename T, int kDim, typename Angle>
 using GatheredTiles = TileConfig<T, kDim, 64, 2, kGatheredAtOnce<kDim, Angle>, false, true, Angle>;
 
-// Calls body(TypeTag<TileConfig<...>>{}).
+// LIVEVLM_ATTENTION=mma in the environment turns warpgroup products off, so that tests on Hopper reach the
+// kernel of other GPUs.
+inline bool uses_warpgroups() {
+  static const bool allowed = [] {
+    const char* wanted = std::getenv("LIVEVLM_ATTENTION");
+    return !(wanted && std::string_view(wanted) == "mma");
+  }();
+  return allowed && has_warpgroup_products();
+}
+
+// Calls body(TypeTag<a configuration>{}).
 template <typename Body>
 void dispatch_tiles(const BlockAttention& op, Body body) {
   dispatch_float(op.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if constexpr (sizeof(T) == 2) {
-      if (op.head_dim == 128) return body(TypeTag<typename BestTiles<T, 128>::type>{});
-      return body(TypeTag<typename BestTiles<T, 64>::type>{});
-    }
+    const auto with_dim = [&](auto dim) {
+      constexpr int kDim = decltype(dim)::value;
+      if (uses_warpgroups()) return body(TypeTag<typename BestTiles<T, kDim>::type>{});
+      body(TypeTag<MmaTiles<T, kDim, 2, 1, false>>{});
+    };
+    if constexpr (sizeof(T) == 2) op.head_dim == 128 ? with_dim(IntTag<128>{}) : with_dim(IntTag<64>{});
   });
 }
 
@@ -44,6 +60,10 @@ void dispatch_gathered(const BlockAttention& op, Body body) {
       body(TypeTag<GatheredTiles<T, 64, Angle>>{});
     };
     if constexpr (sizeof(T) == 2) {
+      if (!uses_warpgroups()) {
+        if (op.head_dim == 128) return body(TypeTag<MmaTiles<T, 128, 1, 2, true>>{});
+        return body(TypeTag<MmaTiles<T, 64, 1, 2, true>>{});
+      }
       if (!op.cos_sin_cache) return with_angles(TypeTag<NoAngles>{});
       if (op.cos_sin_half) return with_angles(TypeTag<HalfAngles>{});
       with_angles(TypeTag<FloatAngles>{});
@@ -51,9 +71,11 @@ void dispatch_gathered(const BlockAttention& op, Body body) {
   });
 }
 
-// Sequences with at most so many rows have splits, and their blocks gather tiles; others share images. So the
-// choice follows from the sequence alone.
+// Blocks of sequences with at most so many rows gather tiles; others share images. On Hopper these are those
+// with splits, on other GPUs those that would not repay images. So the choice follows from the sequence
+// alone.
 inline int32_t gathered_rows(const AttentionKernel& kernel) {
+  if (!uses_warpgroups()) return 4 * kManyRows;
   return std::max(kernel.most_splits / 2, 1) * kManyRows;  // see splits_of_rows
 }
 
@@ -67,7 +89,7 @@ inline bool tiles_fit(const BlockAttention& op) {
   return op.dtype != DType::kFloat32 && (op.head_dim == 64 || op.head_dim == 128) &&
          vectorised(op.q, op.head_dim, 2) && vectorised(op.k, op.head_dim, 2) &&
          vectorised(op.v, op.head_dim, 2) && aligned16(op.out) &&
-         (!op.cos_sin_cache || aligned16(op.cos_sin_cache)) && has_warpgroup_products();
+         (!op.cos_sin_cache || aligned16(op.cos_sin_cache));
 }
 
 template <typename C>
@@ -96,7 +118,8 @@ TileAttention tile_attention(AttentionKernel kernel, void* workspace) {
   auto* const images = static_cast<unsigned char*>(workspace);
   const int64_t tiles = op.batch * op.num_heads * max_tiles<C>(op);
   auto* const present = reinterpret_cast<uint32_t*>(images + tiles * (2 * C::kImageBytes));
-  int64_t items = op.total_q * op.group_size / C::kRows + op.batch * (1 + kernel.most_splits);
+  int64_t items = op.total_q * op.group_size / C::kRows * kernel.even_splits +
+                  op.batch * (kernel.even_splits + kernel.tile_splits);
   int64_t splits = 1;
   if (!op.cu_seqlens_q) {
     const int64_t rows = op.total_q / op.batch * op.group_size;
@@ -123,8 +146,14 @@ template <typename C>
 void launch_attend_tiles(const TileAttention& tiles, cudaStream_t stream) {
   const int64_t blocks = int64_t{tiles.num_items} * tiles.op.num_heads;
   constexpr auto launch = C::kGathers ? launch_overlapping<TileAttention> : launch_kernel<TileAttention>;
-  launch(attend_tiles_kernel<C>, grid_of(blocks), C::kThreads, C::kSharedBytes, stream, tiles,
-         "block_attention: tiles");
+  const auto start = [&](void (*kernel)(TileAttention)) {
+    launch(kernel, grid_of(blocks), C::kThreads, C::kSharedBytes, stream, tiles, "block_attention: tiles");
+  };
+  if constexpr (C::kUsesWarpgroups) {
+    start(attend_tiles_kernel<C>);
+  } else {
+    start(attend_tiles_mma_kernel<C>);
+  }
 }
 
 // `workspace`: tiles_workspace() bytes, aligned to 16. Rows of a sequence without splits get their final

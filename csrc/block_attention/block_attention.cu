@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 
 #include "block_attention/attend_fma.cuh"
 #include "block_attention/attend_mma.cuh"
+#include "block_attention/attend_tiles_launch.cuh"
 #include "block_attention/combine_rows.cuh"
 #include "block_attention/combine_splits.cuh"
 #include "common/cuda_launch.cuh"
-#ifndef LIVEVLM_EMULATED
-#include "block_attention/attend_tiles_launch.cuh"
-#endif
 
 namespace livevlm {
 namespace {
@@ -29,35 +25,9 @@ bool uses_mma(const BlockAttention& op) {
          (!op.cos_sin_cache || aligned16(op.cos_sin_cache));
 }
 
-// The kernel for many rows. LIVEVLM_ATTENTION=mma in the environment turns it off, so that tests on Hopper
-// reach the other one with many rows, too.
+// The kernels for many rows.
 bool uses_tiles(const BlockAttention& op) {
-#ifdef LIVEVLM_EMULATED
-  static_cast<void>(op);
-  return false;
-#else
-  static const bool allowed = [] {
-    const char* wanted = std::getenv("LIVEVLM_ATTENTION");
-    return !(wanted && std::string_view(wanted) == "mma");
-  }();
-  return allowed && uses_mma(op) && tiles_fit(op);
-#endif
-}
-
-int64_t many_workspace([[maybe_unused]] const AttentionKernel& kernel) {
-#ifdef LIVEVLM_EMULATED
-  return 0;
-#else
-  return tiles_workspace(kernel);
-#endif
-}
-
-void launch_many([[maybe_unused]] AttentionKernel kernel, [[maybe_unused]] void* workspace,
-                 [[maybe_unused]] cudaStream_t stream) {
-#ifndef LIVEVLM_EMULATED
-  kernel.min_rows = kernel.max_rows + 1, kernel.max_rows = INT32_MAX;
-  launch_tiles(kernel, workspace, stream);
-#endif
+  return uses_mma(op) && tiles_fit(op);
 }
 
 // Splits keep a GPU busy with a single sequence: a thread block a multiprocessor, a warp for each part. Their
@@ -129,8 +99,9 @@ int64_t plan_found(AttentionKernel& kernel) {
         each * ceil_div(std::min<int64_t>(splits_of_rows(kernel, each), kernel.num_splits), kernel.together);
     return op.batch * kernel.found_region;
   }
-  // Many rows have few splits.
-  const int64_t region = std::max<int64_t>(int64_t{kernel.most_splits} * kManyRows, rows);
+  // Many rows have few splits: see splits_of_rows.
+  const int64_t region =
+      std::max<int64_t>(int64_t{kernel.tile_splits} * kManyRows, rows * kernel.even_splits);
   const int64_t packed = rows * kernel.num_found.value;
   kernel.found_region = op.batch * region < packed ? region : 0;
   return std::min(op.batch * region, packed);
@@ -160,6 +131,12 @@ Plan plan(const BlockAttention& op, char* workspace) {
   plan_tiles(kernel);
   kernel.most_splits = most_splits(op);
   kernel.most_parts = Divisor(int64_t{kernel.most_splits} * kParts);
+  kernel.tile_splits = kernel.most_splits, kernel.half_rows = 0, kernel.even_splits = 1;
+  if (plan.many && !uses_warpgroups()) {  // two thread blocks fit a multiprocessor
+    const int64_t fit = 2 * device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
+    kernel.tile_splits = static_cast<int32_t>(std::max<int64_t>(fit, 1));
+    kernel.half_rows = gathered_rows(kernel), kernel.even_splits = std::min(3, kernel.most_splits);
+  }
   kernel.num_splits = static_cast<int32_t>(
       std::min<int64_t>(kernel.most_splits, ceil_div(op.max_blocks * op.block_size, kStepKeys * kParts)));
   plan.work = warp_work(kernel);
@@ -172,7 +149,7 @@ Plan plan(const BlockAttention& op, char* workspace) {
   const int64_t out_bytes = ceil_div(found * op.head_dim * 4, 16) * 16;
   kernel.found_sums = reinterpret_cast<float2*>(workspace + out_bytes);
   plan.found_bytes = ceil_div(out_bytes + found * static_cast<int64_t>(sizeof(float2)), 128) * 128;
-  plan.bytes = plan.found_bytes + (plan.many ? many_workspace(kernel) : 0);
+  plan.bytes = plan.found_bytes + (plan.many ? tiles_workspace(kernel) : 0);
   return plan;
 }
 
@@ -211,11 +188,11 @@ void launch_combine_rows(AttentionKernel kernel, cudaStream_t stream) {
   if (!op.cu_seqlens_q && splits_of_rows(kernel, op.total_q / op.batch * op.group_size) == 1) return;
   kernel.min_rows = kernel.max_rows + 1;
   const int64_t blocks = ceil_div(op.total_q * op.num_heads * op.group_size, kCombineRows);
-  // Few blocks are to be spread over the GPU, and not to gather where there is room first: they ask for more
-  // than half of the shared memory of a multiprocessor.
-  const size_t shared = blocks <= device_attribute(cudaDevAttrMultiProcessorCount) ? 120 * 1024 : 0;
+  // On Hopper few blocks are to be spread over the GPU, and not to gather where there is room first: they ask
+  // for more than half of the shared memory of a multiprocessor.
+  const bool spread = uses_warpgroups() && blocks <= device_attribute(cudaDevAttrMultiProcessorCount);
   launch_overlapping(op.head_dim == 128 ? combine_rows_kernel<T, 128> : combine_rows_kernel<T, 64>,
-                     grid_of(blocks), kCombineRows * 32, shared, stream, kernel,
+                     grid_of(blocks), kCombineRows * 32, spread ? 120 * 1024 : 0, stream, kernel,
                      "block_attention: splits of many rows");
 }
 
@@ -251,7 +228,11 @@ void block_attention_cuda(const BlockAttention& op, void* workspace, void* strea
   const Plan plan = livevlm::plan(op, memory);
   const AttentionKernel& kernel = plan.kernel;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (plan.many) launch_many(kernel, memory + plan.found_bytes, cuda_stream);
+  if (plan.many) {
+    AttentionKernel many = kernel;
+    many.min_rows = kernel.max_rows + 1, many.max_rows = INT32_MAX;
+    launch_tiles(many, memory + plan.found_bytes, cuda_stream);
+  }
   dispatch_float(op.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (plan.few) {

@@ -43,6 +43,9 @@ struct AttentionKernel {
   Divisor tiles_each;   // of a sequence, without cu_seqlens_q
   bool tile_a_query;    // with cu_seqlens_q: a sequence has at most one tile for each query
   int32_t most_splits;  // that a sequence is cut into
+  int32_t tile_splits;  // that keep a GPU busy with kManyRows
+  int32_t half_rows;    // sequences with at most so many rows have tiles of half of kManyRows
+  int32_t even_splits;  // of many rows, so that the last of them find the GPU busy, too
   int32_t num_splits;   // of these, as many as can have keys
   int32_t together;     // neighbouring splits that are merged where they are found: 1 or kTogether
   Divisor num_found;    // of a sequence of few rows: num_splits / together, rounded up
@@ -66,11 +69,24 @@ inline constexpr int kManyRows = 128;
 // Sequences with more rows than this go to the kernel for many rows, if there is one for this GPU.
 inline constexpr int32_t kFewest = 32;
 
+// Sequences of many rows with fewer keys than this are not worth even_splits.
+inline constexpr int64_t kEvenKeys = 4096;
+
 // Splits of a sequence: many rows need few of them to keep a GPU busy.
-__host__ __device__ inline int64_t splits_of_rows(const AttentionKernel& p, int64_t rows) {
+__host__ __device__ inline int64_t splits_of_rows(const AttentionKernel& p, int64_t rows,
+                                                  int64_t keys = kEvenKeys) {
   if (rows <= kFewest) return p.most_splits;
-  const int64_t tiles = (rows + kManyRows - 1) / kManyRows;
-  return p.most_splits > tiles ? p.most_splits / tiles : 1;
+  const int64_t tiles = (rows + kManyRows - 1) / kManyRows * (rows <= p.half_rows ? 2 : 1);
+  int64_t best = p.tile_splits / tiles;
+  if (best > p.even_splits) return best < p.most_splits ? best : p.most_splits;
+  if (best < 1) best = 1;
+  if (keys < kEvenKeys) return best;
+  // Thread blocks run in waves of equal length. A further split costs time, too: an eighth is to be gained.
+  const auto waves = [&](int64_t splits) { return (tiles * splits + p.tile_splits - 1) / p.tile_splits; };
+  for (int64_t more = best + 1; more <= p.even_splits && waves(more) <= 6; ++more) {
+    if (9 * waves(more) * best <= 8 * waves(best) * more) best = more;
+  }
+  return best;
 }
 
 // No key yet: below every logit.
@@ -113,7 +129,7 @@ struct Sequence {
   }
 
   __device__ __forceinline__ int32_t most_splits(const AttentionKernel& p) const {
-    return static_cast<int32_t>(splits_of_rows(p, num_rows(p.op)));
+    return static_cast<int32_t>(splits_of_rows(p, num_rows(p.op), num_keys));
   }
 
   __device__ __forceinline__ Cut cut(const AttentionKernel& p) const {

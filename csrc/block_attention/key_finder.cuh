@@ -7,8 +7,6 @@
 
 namespace livevlm {
 
-#ifdef LIVEVLM_SM90A
-
 // Keys that a warp brings, kOwn of a tile, of as many tiles as it has lanes for: a round.
 template <typename C>
 struct KeyFinder {
@@ -77,6 +75,5 @@ struct KeyFinder {
     return static_cast<const int32_t*>(op.positions)[at];
   }
 };
-#endif  // LIVEVLM_SM90A
 
 }  // namespace livevlm

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// `block_attention` on Hopper, first step: keys and values of every sequence as tiles that can be copied into
-// shared memory byte for byte, in the order in which products read them (common/wgmma_tiles.cuh).
+// `block_attention` for many rows, first step: keys and values of every sequence as tiles that can be copied
+// into shared memory byte for byte, in the order in which products read them (common/wgmma_tiles.cuh).
 //
 // Clips have thousands of rows, which all read the same keys: finding, rotating and rearranging them once per
 // row tile would cost more than the products. A tile holds kKeys neighbours in table order, tile t those from
@@ -8,8 +8,7 @@
 // cannot reach a sum; a bit says whether it is there.
 #pragma once
 
-#include "block_attention/block_attention.cuh"
-#include "common/wgmma.cuh"
+#include "block_attention/angles.cuh"
 
 namespace livevlm {
 
@@ -32,54 +31,16 @@ struct TileAttention : AttentionKernel {
   }
 };
 
-#ifdef LIVEVLM_SM90A
-
-// Eight neighbours of the table of angles. Both kinds of table have aligned rows.
-__device__ __forceinline__ void eight_angles(const BlockAttention& op, int64_t first, float (&angles)[8]) {
-  if (op.cos_sin_half) {
-    const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const __half*>(op.cos_sin_cache) + first);
-    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = widen_pair(pairs[i], TypeTag<__half>{});
-      angles[2 * i] = pair.x, angles[2 * i + 1] = pair.y;
-    }
-  } else {
-    const auto* source = reinterpret_cast<const float4*>(static_cast<const float*>(op.cos_sin_cache) + first);
-    const float4 a = source[0], b = source[1];
-    angles[0] = a.x, angles[1] = a.y, angles[2] = a.z, angles[3] = a.w;
-    angles[4] = b.x, angles[5] = b.y, angles[6] = b.z, angles[7] = b.w;
-  }
-}
-
-// Rotates 16 bytes of the first half of a row and those of its second half that belong to them.
-template <typename T>
-__device__ __forceinline__ void rotate_pieces(const float (&cosine)[8], const float (&sine)[8], uint4& low,
-                                              uint4& high) {
-  uint32_t first[4] = {low.x, low.y, low.z, low.w}, second[4] = {high.x, high.y, high.z, high.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 a = widen_pair(first[i], TypeTag<T>{}), b = widen_pair(second[i], TypeTag<T>{});
-    const float2 c = {cosine[2 * i], cosine[2 * i + 1]}, s = {sine[2 * i], sine[2 * i + 1]};
-    first[i] = narrow_pair(a.x * c.x - b.x * s.x, a.y * c.y - b.y * s.y, TypeTag<T>{});
-    second[i] = narrow_pair(b.x * c.x + a.x * s.x, b.y * c.y + a.y * s.y, TypeTag<T>{});
-  }
-  low = make_uint4(first[0], first[1], first[2], first[3]);
-  high = make_uint4(second[0], second[1], second[2], second[3]);
-}
-
 // Where 16 bytes of a row lie in an image of kRows rows: see common/wgmma_tiles.cuh.
 template <int kRows>
 __device__ __forceinline__ int image_offset(int row, int piece) {
   return piece / 8 * (kRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
 }
-#endif
 
 // A block makes one tile of one head.
 template <typename T, int kDim, int kKeys>
 __global__ void __launch_bounds__(kImageThreads, 4)
     tile_images_kernel(const __grid_constant__ TileAttention p) {
-#ifdef LIVEVLM_SM90A
   static_assert(kKeys <= 32 * kSomeHidden && kKeys % 16 == 0, "a bit for each key; products of 16 keys");
   constexpr int kPieces = kDim / 16;  // of 16 bytes, of half a row
   constexpr int kItems = kKeys * kPieces, kImageBytes = kKeys * kDim * 2, kAhead = 2;
@@ -144,12 +105,8 @@ __global__ void __launch_bounds__(kImageThreads, 4)
     for (int i = 0; i < kAhead; ++i) {
       const int key = (item + i * kImageThreads) / kPieces, piece = item % kPieces;
       if (key >= kKeys) continue;
-      if (op.cos_sin_cache && blocks[key] >= 0) {
-        float cosine[8], sine[8];
-        eight_angles(op, angles[key] * int64_t{kDim} + piece * 8, cosine);
-        eight_angles(op, angles[key] * int64_t{kDim} + kDim / 2 + piece * 8, sine);
-        rotate_pieces<T>(cosine, sine, k[i][0], k[i][1]);
-      }
+      if (op.cos_sin_cache && blocks[key] >= 0)
+        rotate_by_table<T>(op, angles[key], piece * 8, k[i][0], k[i][1]);
       unsigned char* const low = image + image_offset<kKeys>(key, piece);
       unsigned char* const high = image + image_offset<kKeys>(key, piece + kPieces);
       *reinterpret_cast<uint4*>(low) = k[i][0];
@@ -158,7 +115,6 @@ __global__ void __launch_bounds__(kImageThreads, 4)
       *reinterpret_cast<uint4*>(high + kImageBytes) = v[i][1];
     }
   }
-#endif
 }
 
 }  // namespace livevlm

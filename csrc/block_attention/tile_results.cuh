@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// `block_attention` on Hopper: what a warpgroup of attend_tiles.cuh writes once its 64 rows are through.
+// `block_attention` for many rows: what a warp writes once its 16 rows are through.
 #pragma once
 
 #include "block_attention/tile_rows.cuh"
 
 namespace livevlm {
-
-#ifdef LIVEVLM_SM90A
 
 // What splits found, for combine_rows.cuh: a warp's 16 rows, half of their dimensions at a time through
 // shared memory, so that it writes whole lines. A warp reads only what it wrote.
@@ -98,6 +96,5 @@ __device__ __forceinline__ void store_rows(const TileAttention& p, const TileWor
         *reinterpret_cast<const uint4*>(staged + (row * kPieces + (piece ^ row % 8)) * 16);
   }
 }
-#endif  // LIVEVLM_SM90A
 
 }  // namespace livevlm

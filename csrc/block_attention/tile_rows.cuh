@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// `block_attention` on Hopper: what a thread block of attend_tiles.cuh works on, and what a warpgroup does
-// with its 64 rows between products. They lie in registers as the instructions want them: a thread has two
-// rows, 16 warp + lane / 4 and 8 further, and of every eight columns 2 (lane % 4) and the next one.
+// `block_attention` for many rows: what a thread block of attend_tiles.cuh or attend_tiles_mma.cuh works on,
+// and what a warp does with its 16 rows between products. They lie in registers as the instructions of either
+// want them: a thread has the rows lane / 4 and 8 further, and of every eight columns 2 (lane % 4) and the
+// next one.
 #pragma once
 
 #include "block_attention/angles.cuh"
@@ -18,8 +19,9 @@ struct TileConfig {
   using Angle = AngleType;  // of keys that are rotated here
   using T = Element;
   static constexpr int kDim = kHeadDim, kKeys = kTileKeys, kGroups = kWarpgroups, kStages = kRing;
-  static constexpr bool kTurns = kInTurn;             // products of the warpgroups start in turn
-  static constexpr bool kGathers = kGather;           // from the pool: gather_tiles.cuh
+  static constexpr bool kTurns = kInTurn;    // products of the warpgroups start in turn
+  static constexpr bool kGathers = kGather;  // from the pool: gather_tiles.cuh
+  static constexpr bool kUsesWarpgroups = true;
   static constexpr int kBringers = kGathers ? 2 : 1;  // warpgroups; without gathering, one thread of it
   static constexpr int kRows = 64 * kGroups, kThreads = 128 * (kGroups + kBringers);
   // Registers of a thread: 65536 in all, of which a launch gives every warp as many, and too few.
@@ -126,7 +128,7 @@ struct TileWork {
 
  private:
   // Items of a sequence: its tiles, each with all its splits. With cu_seqlens_q it owns numbers enough for as
-  // many as it has tiles and splits, since tiles are few where splits are many.
+  // many as it has tiles and splits, since tiles are few where splits are more than even_splits.
   struct Item {
     Sequence sequence;
     int32_t number;  // of the sequence's
@@ -138,7 +140,8 @@ struct TileWork {
       }
       const auto first_of = [&](int32_t index) {
         const int32_t query = Sequence::start_of(p, index);
-        return query * static_cast<int32_t>(p.op.group_size) / p.tile_rows + index * (1 + p.most_splits);
+        return query * static_cast<int32_t>(p.op.group_size) / p.tile_rows * p.even_splits +
+               index * (p.even_splits + p.tile_splits);
       };
       const int32_t index = last_at_most(p.op, item, first_of);
       return {Sequence(p, index), item - first_of(index)};
@@ -157,7 +160,7 @@ struct TileWork {
   __device__ __forceinline__ TileWork(const TileAttention& p, const Item& item, int32_t most_splits,
                                       int32_t num_splits)
       : TileWork(p, item,
-                 p.op.cu_seqlens_q
+                 p.op.cu_seqlens_q || p.even_splits > 1  // then splits follow from lengths, too
                      ? item.number / num_splits
                      : static_cast<int32_t>(p.splits_each.quotient(static_cast<uint32_t>(item.number))),
                  most_splits, num_splits) {}
@@ -172,8 +175,6 @@ struct TileWork {
         keys(tile.keys_of(p, split)) {}
 };
 static_assert(sizeof(TileWork) == kWorkBytes, "it has a place in shared memory");
-
-#ifdef LIVEVLM_SM90A
 
 // Logits of keys that a row does not see become -inf. `limits`: of the thread's first row; the other is 8 on.
 template <int kKeys>
@@ -245,6 +246,5 @@ __device__ __forceinline__ void to_operands(uint32_t (&weights)[kKeys / 16][4],
       weights[n][i] = narrow_pair(values[8 * n + 2 * i], values[8 * n + 2 * i + 1], TypeTag<T>{});
   }
 }
-#endif  // LIVEVLM_SM90A
 
 }  // namespace livevlm

@@ -22,6 +22,8 @@ using emu::cp_async_wait;
 using emu::exp2_approx;
 using emu::let_next_kernel_start;
 using emu::load_acquire;
+using emu::load_matrices;
+using emu::load_matrices_transposed;
 using emu::max_or_nan;
 using emu::min_or_nan;
 using emu::mma_m16n8k16;
@@ -215,6 +217,24 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
   uint32_t result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
   return result;
+}
+
+// Four 8x8 matrices of 16-bit elements from shared memory. Lane i names row i % 8 of matrix i / 8, 16 bytes;
+// words[j] gets row lane / 4, columns lane % 4 * 2 + {0, 1} of matrix j, or of its transpose.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
 }
 
 // Copies 16 bytes from global to shared memory in the background, or writes zeros if not `valid`.

@@ -69,8 +69,8 @@ class Read:
         fastest = backends("block_attention", shape.device)[0]
         if fastest == "reference":
             return None
-        # The CUDA kernel for many queries is for Hopper and these head sizes; the other one reads keys again and again.
-        many = torch.cuda.get_device_capability(shape.device)[0] == 9 and shape.head_dim in (64, 128)
+        # The CUDA kernels for many queries are for these head sizes; the other one reads keys again and again.
+        many = shape.head_dim in (64, 128)
         return "auto" if fastest != "cuda" or many or self.num_new <= FEW_QUERIES else None
 
     def attend(self, module: nn.Module, query: Tensor, layer: int, scaling: float) -> Tensor:

@@ -55,8 +55,8 @@ class Config:
         positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
             place in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
         attention: how the memory is read. "auto": on a GPU in place, by the fused kernels of
-            `livevlm_kernels.block_attention`, for 16-bit models, where that is the fastest (on other GPUs than Hopper:
-            for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").
+            `livevlm_kernels.block_attention`, for 16-bit models, where that is the fastest (with heads of other sizes
+            than 64 and 128: for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").
             "cuda", "triton", "cpu", "reference": in place, by that backend.
         max_new_tokens: longest answer, 128 (ours).
     """

@@ -187,6 +187,32 @@ inline uint32_t transpose_8x8(uint32_t pair) {
       .result;
 }
 
+template <bool kTransposed>
+void load_four_matrices(uint32_t (&words)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("load_matrices: misaligned shared memory");
+  struct Operand {
+    const uint16_t* row;
+    uint32_t* words;
+  };
+  collective(0xffffffffu, Operand{static_cast<const uint16_t*>(row), words}, [](Operand* const* lanes) {
+    for (int i = 0; i < warpSize * 4; ++i) {
+      const int lane = i % warpSize, first = i / warpSize * 8, row = lane / 4, column = lane % 4 * 2;
+      const auto at = [&](int r, int c) -> uint32_t {
+        return kTransposed ? lanes[first + c]->row[r] : lanes[first + r]->row[c];
+      };
+      lanes[lane]->words[i / warpSize] = at(row, column) | at(row, column + 1) << 16;
+    }
+  });
+}
+
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  load_four_matrices<false>(words, row);
+}
+
+inline void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
+  load_four_matrices<true>(words, row);
+}
+
 template <typename T>
 T load_once(const T* source) {
   if (reinterpret_cast<uintptr_t>(source) % sizeof(T) != 0) fail("misaligned load");
