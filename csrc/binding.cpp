@@ -22,6 +22,7 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
   LIVEVLM_IMPL(evict_similar);
   LIVEVLM_IMPL(merge_states);
   LIVEVLM_IMPL(merge_tokens);
+  LIVEVLM_IMPL(quantize_blocks);
   LIVEVLM_IMPL(retrieve_blocks);
   LIVEVLM_IMPL(score_redundancy);
   LIVEVLM_IMPL(score_tokens);

@@ -49,13 +49,15 @@ std::tuple<Tensor, Tensor> retrieve_blocks(const Tensor& q, const Tensor& keys,
                                            int64_t block_size, int64_t num_sink_blocks,
                                            int64_t num_recent_blocks, bool per_head, double sm_scale);
 
-std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const Tensor& block_table, const Tensor& seq_lens,
-                                           const std::optional<Tensor>& cu_seqlens_q,
-                                           const std::optional<Tensor>& positions,
-                                           const std::optional<Tensor>& cos_sin_cache,
-                                           const std::optional<Tensor>& q_positions, bool packed,
-                                           double sm_scale, bool causal, int64_t window);
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_blocks(const Tensor& k, const Tensor& v,
+                                                           const std::optional<Tensor>& positions, bool int4);
+
+std::tuple<Tensor, Tensor> block_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table, const Tensor& seq_lens,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& positions,
+    const std::optional<Tensor>& cos_sin_cache, const std::optional<Tensor>& q_positions, bool packed,
+    double sm_scale, bool causal, int64_t window, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale);
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses);
 

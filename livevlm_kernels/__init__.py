@@ -11,6 +11,7 @@ from livevlm_kernels.errors import ArgumentError, BackendError
 from livevlm_kernels.evict_similar import evict_similar
 from livevlm_kernels.merge_states import merge_states
 from livevlm_kernels.merge_tokens import merge_tokens
+from livevlm_kernels.quantize_blocks import QuantizedBlocks, quantize_blocks
 from livevlm_kernels.retrieve_blocks import retrieve_blocks
 from livevlm_kernels.score_redundancy import score_redundancy
 from livevlm_kernels.score_tokens import score_tokens
@@ -23,12 +24,14 @@ __all__ = [
     "BACKENDS",
     "ArgumentError",
     "BackendError",
+    "QuantizedBlocks",
     "backends",
     "block_attention",
     "compact_tokens",
     "evict_similar",
     "merge_states",
     "merge_tokens",
+    "quantize_blocks",
     "retrieve_blocks",
     "score_redundancy",
     "score_tokens",

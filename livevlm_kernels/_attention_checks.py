@@ -63,6 +63,45 @@ def like(name: str, value: object, other_name: str, other: Tensor, shape: Sequen
     return result
 
 
+BYTES = (torch.float8_e4m3fn, torch.uint8)  # dtypes of what `quantize_blocks` gives
+
+
+def pools(k: object, v: object, k_scale: Tensor | None, v_scale: Tensor | None) -> bool:
+    """Pools of keys and values, `[num_blocks, block_size, num_kv_heads, head_dim]`; whether they are quantised."""
+    check.tensor("k", k, min_ndim=4)
+    pool = check.tensor("k", k, ndim=4)
+    quantized = k_scale is not None or v_scale is not None
+    if quantized:
+        check.dtype("k", pool, BYTES)
+    elif pool.dtype in BYTES:
+        dtype = str(pool.dtype).removeprefix("torch.")
+        raise ArgumentError(f"k has dtype {dtype}, which needs k_scale and v_scale: see quantize_blocks")
+    else:
+        check.dtype("k", pool, check.FLOATS)
+    not_empty("k", pool)
+    like("v", v, "k", pool, pool.shape, "[num_blocks, block_size, num_kv_heads, head_dim]")
+    return quantized
+
+
+def scales(q: Tensor, k: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """What quantised pools, of keys like `k`, are to be scaled by for queries `q`."""
+    num_blocks, block_size, num_kv_heads, _ = k.shape
+    dtype, meanings = torch.float32, ("[num_blocks, num_kv_heads]",) * 2
+    shapes: list[tuple[int, ...]] = [(num_blocks, num_kv_heads)] * 2
+    if k.dtype == torch.uint8:
+        dtype = torch.float16
+        meanings = "[num_blocks, num_kv_heads, 2, head_dim]", "[num_blocks, block_size, num_kv_heads, 2]"
+        shapes = [(num_blocks, num_kv_heads, 2, q.shape[-1]), (num_blocks, block_size, num_kv_heads, 2)]
+    names = "k_scale", "v_scale"
+    for name, value, shape, meaning in zip(names, (k_scale, v_scale), shapes, meanings, strict=True):
+        scale = check.tensor(name, value)
+        check.dtype(name, scale, (dtype,))
+        check.same_device(name, scale, "k", k)
+        check.shape(name, scale, shape, meaning)
+        if not scale.is_contiguous():
+            raise ArgumentError(f"{name} must be contiguous; its strides are {scale.stride()}")
+
+
 def per_token(
     name: str,
     value: Tensor | None,

@@ -25,6 +25,8 @@ def block_attention(
     cos_sin_cache: Tensor | None = None,
     q_positions: Tensor | None = None,
     packed: bool = False,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     sm_scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -39,10 +41,12 @@ def block_attention(
     of blocks can be given any positions.
 
     Args:
-        q: queries of all sequences after one another, `[total_q, num_qo_heads, head_dim]`, dtype of `k`, any strides;
-            with `cos_sin_cache` un-rotated if `q_positions` is given, else rotated by the caller.
-        k: pool of keys, `[num_blocks, block_size, num_kv_heads, head_dim]`, float32, float16 or bfloat16, any strides;
-            `num_qo_heads` is a multiple of `num_kv_heads`.
+        q: queries of all sequences after one another, `[total_q, num_qo_heads, head_dim]`, float32, float16 or
+            bfloat16, any strides; with `cos_sin_cache` un-rotated if `q_positions` is given, else rotated by the
+            caller.
+        k: pool of keys, `[num_blocks, block_size, num_kv_heads, head_dim]`, dtype of `q`, any strides; `num_qo_heads`
+            is a multiple of `num_kv_heads`. Or what `quantize_blocks` gives: float8_e4m3fn, or uint8 with
+            `head_dim / 2` bytes a row.
         v: pool of values, shape and dtype of `k`.
         block_table: blocks of each sequence in time order, int32 `[batch, max_blocks]`, or
             `[batch, num_kv_heads, max_blocks]` where every KV head has its own; -1 after the last. A number outside
@@ -60,6 +64,10 @@ def block_attention(
         q_positions: where the queries are rotated, `[total_q]`, int32 or int64; needs `cos_sin_cache`.
         packed: a key's position is its number in table order instead: the memory is read as if nothing had ever been
             left out. `positions`, if given, then only says which slots are empty. Needs `cos_sin_cache`.
+        k_scale: scales of quantised keys, contiguous: float32 `[num_blocks, num_kv_heads]` for float8_e4m3fn, pairs in
+            float16, `[num_blocks, num_kv_heads, 2, head_dim]`, for uint8. Keys are dequantised as they are
+            read, then rotated. Needed by `k` in these dtypes, and only by those.
+        v_scale: likewise; `[num_blocks, num_kv_heads]` or `[num_blocks, block_size, num_kv_heads, 2]`.
         sm_scale: factor of the logits, positive; `head_dim ** -0.5` if None.
         causal: query i of n sees the keys up to its own, number seq_len - n + i; otherwise all of them.
         window: see only the last `window` keys up to the query's own, at least 1; needs `causal`. None: no limit.
@@ -76,13 +84,19 @@ def block_attention(
         ArgumentError: a shape, dtype, device or value is not allowed.
         BackendError: the backend asked for is not available.
     """
-    attention.tokens("k", k, min_ndim=4)
-    check.tensor("k", k, ndim=4)
-    attention.like("v", v, "k", k, k.shape, "[num_blocks, block_size, num_kv_heads, head_dim]")
+    quantized = attention.pools(k, v, k_scale, v_scale)
     num_blocks, block_size, num_kv_heads, head_dim = k.shape
     check.tensor("q", q, ndim=3)
     total_q, num_qo_heads = q.shape[:2]
-    attention.like("q", q, "k", k, (total_q, num_qo_heads, head_dim), "[total_q, num_qo_heads, head_dim]")
+    if quantized:
+        head_dim *= 2 if k.dtype == torch.uint8 else 1
+        check.dtype("q", q, check.FLOATS)
+        check.same_device("q", q, "k", k)
+        check.shape("q", q, (total_q, num_qo_heads, head_dim), "[total_q, num_qo_heads, head_dim]")
+        attention.scales(q, k, k_scale, v_scale)
+        k, v = k.view(torch.uint8), v.view(torch.uint8)
+    else:
+        attention.like("q", q, "k", k, (total_q, num_qo_heads, head_dim), "[total_q, num_qo_heads, head_dim]")
     attention.not_empty("q", q)
     attention.group("q", num_qo_heads, num_kv_heads)
 
@@ -132,6 +146,8 @@ def block_attention(
         attention.scale(sm_scale, head_dim),
         causal,
         window or 0,
+        k_scale,
+        v_scale,
     )
     return (out, lse) if return_lse else out
 
@@ -150,6 +166,8 @@ def _fake(
     sm_scale: float,
     causal: bool,
     window: int,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
@@ -157,8 +175,8 @@ def _fake(
 define(
     "block_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, Tensor? positions, "
-    "Tensor? cos_sin_cache, Tensor? q_positions, bool packed, float sm_scale, bool causal, int window) "
-    "-> (Tensor, Tensor)",
+    "Tensor? cos_sin_cache, Tensor? q_positions, bool packed, float sm_scale, bool causal, int window, "
+    "Tensor? k_scale, Tensor? v_scale) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     triton="livevlm_kernels.triton.block_attention",

@@ -67,6 +67,7 @@ def arguments(op):
             "block_table": torch.randperm(40, dtype=torch.int32).view(2, 20),
             "seq_lens": torch.tensor([320, 100], dtype=torch.int32),
         },
+        "quantize_blocks": {"k": pool[0], "v": pool[1], "dtype": "int4"},
         "merge_states": {"outs": randn(3, 64, 28, DIM), "lses": torch.randn(3, 64, 28)},
     }[op]  # fmt: skip
 

@@ -53,6 +53,8 @@ CASES = {
                           "recent_k is on {other} but k is on {own}"),
     "select_lens": ("select_tokens", {"scores": tokens(2, 12), "budget": 3, "seq_lens": LENS}, ["seq_lens"],
                     "seq_lens is on {other} but scores is on {own}"),
+    "quantize_values": ("quantize_blocks", {"k": tokens(3, 4, 2, 8), "v": tokens(3, 4, 2, 8), "dtype": "fp8"}, ["v"],
+                        "v is on {other} but k is on {own}"),
     "summarize_lens": ("summarize_blocks", {"k": tokens(), "block_size": 4, "seq_lens": LENS}, ["seq_lens"],
                        "seq_lens is on {other} but k is on {own}"),
 }  # fmt: skip

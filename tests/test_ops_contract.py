@@ -22,6 +22,11 @@ POSITIONS = torch.arange(20).repeat(2, 1)
 CACHE = torch.randn(64, 8)
 TABLE = torch.tensor([[3, 1, -1], [0, 2, 4]], dtype=torch.int32)
 
+POOLS = [  # quantised, as arguments
+    livevlm_kernels.quantize_blocks(*torch.randn(2, 5, 4, 2, 8), dtype=dtype, backend="reference")._asdict()
+    for dtype in ("fp8", "int4")
+]
+
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape)
@@ -79,6 +84,12 @@ def calls(op):
              "positions": slot_positions, "cos_sin_cache": CACHE, "sm_scale": 0.5, "window": 5, "return_lse": True},
             {"q": paged_q, "k": pool[0], "v": pool[1], "block_table": TABLE, "seq_lens": LENS, "causal": False,
              "cos_sin_cache": CACHE.half(), "q_positions": torch.arange(len(paged_q)), "packed": True},
+            {"q": paged_q, **POOLS[0], "block_table": TABLE, "seq_lens": LENS.clamp(max=12)},
+            {"q": paged_q.bfloat16(), **POOLS[1], "block_table": TABLE, "seq_lens": LENS.clamp(max=12)},
+        ],
+        "quantize_blocks": [
+            {"k": pool[0], "v": pool[1], "dtype": "fp8"},
+            {"k": pool[0], "v": pool[1], "dtype": "int4", "positions": slot_positions - 3},
         ],
         "merge_states": [{"outs": randn(3, 4, 2, 8), "lses": randn(3, 4, 2)}],
     }[op]  # fmt: skip
@@ -237,7 +248,7 @@ def test_cuda_graph(op, number, backend):
     with torch.cuda.graph(graph, stream=stream):
         result = function(**arguments, backend=backend)
     for x, y in zip(tensors(arguments), tensors(new), strict=True):
-        y.copy_(y.flip(0) if y.is_floating_point() else y)
+        y.copy_(y.flip(0) if y.dtype in kit.DTYPES else y)
         x.copy_(y)
     graph.replay()
     torch.cuda.synchronize()

@@ -38,14 +38,14 @@ def attention_arguments(model, tiles, constants, **options):
     return {
         **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}!"),
         **dict.fromkeys(("block_table", "seq_lens", "cu_seqlens_q", "positions", "q_positions"), "*i32!"),
-        **dict.fromkeys(("lse", "part_out", "part_lse"), "*fp32!"),
+        **dict.fromkeys(("lse", "part_out", "part_lse", "k_scale", "v_scale"), "*fp32!"),
         **dict.fromkeys(SIZES, "i32"),
         **dict.fromkeys(("flat_length", "length"), "i32!"),
         **{"flat": "*i64!", "cos_sin_cache": f"*{cache_dtype}!", "scale_log2": "fp32", **STRIDES, **constants},
         **{"SMALL": tiles[0].rows, "MEDIUM": tiles[1].rows, "LARGE": tiles[2].rows, "SHARE": share, "HEADS": heads},
         **{"GROUP": GROUP, "DIM": dim, "BLOCK_SIZE": block_size, "RAGGED": True, "HAS_POSITIONS": True, "SAME": True},
         **{"ROPE": False, "PACKED": False, "CAUSAL": True, "WINDOW": False, "WIDEN": dtype == "fp32"},
-        **{"PER_HEAD": False, "ALIGN": 16, "ROTATE_QUERIES": False, **options},
+        **{"PER_HEAD": False, "ALIGN": 16, "ROTATE_QUERIES": False, "FORMAT": 0, **options},
     }
 
 
@@ -88,6 +88,38 @@ def test_options_of_block_attention(options, arch):
     arguments = attention_arguments(model, tiles, constants, **options, FLAT=True)
     arguments |= {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys}
     check(compile_kernel(block_attention_kernel, arch, tile.num_warps, tile.num_stages, **arguments))
+
+
+@each_arch
+@pytest.mark.parametrize("form", [1, 2], ids=["fp8", "int4"])
+@pytest.mark.parametrize("size", [0, 2], ids=["few", "many"])
+@pytest.mark.parametrize("model", MODELS[:2])
+def test_quantised_pools(model, size, form, arch):
+    from livevlm_kernels.triton._attention_kernel import block_attention_kernel
+    from livevlm_kernels.triton.block_attention import tiles_of
+
+    constants, tiles = tiles_of(model[3], TYPES[model[0]], True)
+    tile, pairs = tiles[size], "*fp16!" if form == 2 else "*fp32!"
+    arguments = attention_arguments(model, tiles, constants, ROPE=True, FLAT=False, FORMAT=form)
+    arguments |= {"k": "*u8!", "v": "*u8!", "k_scale": pairs, "v_scale": pairs}
+    arguments |= {"TILE_ROWS": tile.rows, "TILE_KEYS": tile.keys}
+    check(compile_kernel(block_attention_kernel, arch, tile.num_warps, tile.num_stages, **arguments))
+
+
+@each_arch
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("int4", [False, True], ids=["fp8", "int4"])
+def test_quantize_blocks(int4, dtype, arch):
+    from livevlm_kernels.triton.quantize_blocks import quantize_blocks_kernel
+
+    sides = dict.fromkeys(("k_strides", "v_strides"), ("i64!", "i64!", "i32!", "i32!", 1))
+    arguments = {
+        **{"k": f"*{dtype}!", "v": f"*{dtype}!", "positions": "*i32!", "k_codes": "*u8!", "v_codes": "*u8!"},
+        **dict.fromkeys(("k_scale", "v_scale"), "*fp16!" if int4 else "*fp32!"),
+        **{"num_blocks": "i32", "positions_stride": "i32", **sides, "HEADS": 4, "DIM": 128, "BLOCK_SIZE": 16},
+        **{"INT4": int4, "HAS_POSITIONS": True, "TILE_TOKENS": 16, "TILE_DIM": 64},
+    }
+    check(compile_kernel(quantize_blocks_kernel, arch, **arguments))
 
 
 @each_arch

@@ -5,6 +5,7 @@
 // values and results are float32 in shared memory.
 #pragma once
 
+#include "block_attention/codes.cuh"
 #include "block_attention/join_found.cuh"
 
 namespace livevlm {
@@ -20,19 +21,26 @@ __device__ __forceinline__ float angle_of(const BlockAttention& op, int64_t inde
                          : static_cast<const float*>(op.cos_sin_cache)[index];
 }
 
+// An element, rotated by `angles`, a row of the table, if there is one and that is not negative. `own(dim)`
+// is the element that it was.
+template <typename Own>
+__device__ __forceinline__ float turned(const BlockAttention& op, int dim, int64_t angles, Own own_of) {
+  const float own = own_of(dim);
+  if (!op.cos_sin_cache || angles < 0) return own;
+  const auto half = static_cast<int>(op.head_dim) / 2;
+  const bool low = dim < half;
+  const float other = own_of(low ? dim + half : dim - half);
+  const int64_t at = angles * op.head_dim + (low ? dim : dim - half);
+  const float cosine = angle_of(op, at), sine = angle_of(op, at + half);
+  return low ? own * cosine - other * sine : own * cosine + other * sine;
+}
+
 // A row of elements as floats, one dimension; rotated if there is a table and `angles`, a row of it, is not
 // negative.
 template <typename T>
 __device__ __forceinline__ float element(const BlockAttention& op, const T* row, int64_t stride, int dim,
                                          int64_t angles) {
-  const float own = static_cast<float>(row[dim * stride]);
-  if (!op.cos_sin_cache || angles < 0) return own;
-  const auto half = static_cast<int>(op.head_dim) / 2;
-  const bool low = dim < half;
-  const float other = static_cast<float>(row[(low ? dim + half : dim - half) * stride]);
-  const int64_t at = angles * op.head_dim + (low ? dim : dim - half);
-  const float cosine = angle_of(op, at), sine = angle_of(op, at + half);
-  return low ? own * cosine - other * sine : own * cosine + other * sine;
+  return turned(op, dim, angles, [&](int i) { return static_cast<float>(row[i * stride]); });
 }
 
 template <typename T>
@@ -82,7 +90,11 @@ __global__ void __launch_bounds__(kFmaAttentionThreads, 4)
       const int key = i / dims, dim = i % dims;
       const KeyPlace& at = places[key];
       float k = 0.0f, v = 0.0f;
-      if (at.block >= 0) {
+      if (at.block >= 0 && p.op.format != PoolFormat::kFloats) {
+        k = turned(p.op, dim, at.angles,
+                   [&](int j) { return code_element(p.op, true, at.block, at.slot, head, j); });
+        v = code_element(p.op, false, at.block, at.slot, head, dim);
+      } else if (at.block >= 0) {
         const T* source = static_cast<const T*>(p.op.k.data) + at.block * p.op.k.stride_batch +
                           at.slot * p.op.k.stride_token + head * p.op.k.stride_head;
         k = element(p.op, source, p.op.k.stride_dim, dim, at.angles);

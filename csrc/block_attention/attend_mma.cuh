@@ -29,17 +29,17 @@ inline constexpr int kFewWarps = kWork == WarpWork::kPart ? kParts : 4;
 template <WarpWork kWork>
 inline constexpr int kFewParts = kWork == WarpWork::kSplits ? kTogether * kParts : kParts;
 // Of a warp: its ring, and what it found in the parts before, and in the splits before.
-template <int kDim, WarpWork kWork>
+template <int kDim, WarpWork kWork, typename Ring = KeyRing<__half, kDim>>
 inline constexpr int kFewWarpBytes =
-    KeyRing<__half, kDim>::kBytes + static_cast<int>(kWork) * RowSums<__half, kDim>::kKept * 32 * 4;
+    Ring::kBytes + static_cast<int>(kWork) * RowSums<__half, kDim>::kKept * 32 * 4;
 
 // Query lane / 4 of the tile, in pieces as those of keys, rotated if q_positions says where; rows past the
 // end are zeros.
-template <typename T, int kDim, typename Angle>
+template <typename T, int kDim, typename Angle, typename Ring = KeyRing<T, kDim>>
 __device__ __forceinline__ void load_query(const AttentionKernel& p, const RowTile& tile, int64_t head,
                                            uint4 (&words)[kDim / 32]) {
   const BlockAttention& op = p.op;
-  const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4, first = lane % 4 * 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32, row = lane / 4;
 #pragma unroll
   for (int i = 0; i < kDim / 32; ++i) words[i] = make_uint4(0, 0, 0, 0);
   if (row >= tile.num_rows) return;
@@ -47,16 +47,17 @@ __device__ __forceinline__ void load_query(const AttentionKernel& p, const RowTi
   const int32_t query = tile.query_of(p, row);
   const int64_t at = tile.sequence.first_query + query;
   const T* source = static_cast<const T*>(op.q.data) + at * op.q.stride_token +
-                    (head * group + tile.first_row + row - query * group) * op.q.stride_head + first;
+                    (head * group + tile.first_row + row - query * group) * op.q.stride_head;
 #pragma unroll
-  for (int i = 0; i < kDim / 32; ++i) words[i] = load_once(reinterpret_cast<const uint4*>(source + i * 32));
+  for (int i = 0; i < kDim / 32; ++i)
+    words[i] = load_once(reinterpret_cast<const uint4*>(source + Ring::first_dim(lane, i)));
   if constexpr (Angle::kBytes > 0) {
     if (!op.q_positions) return;
     const int64_t position = angle_row(op, query_position(op, at));
 #pragma unroll
     for (int i = 0; i < kDim / 64; ++i) {
       Angles8<Angle> angles;
-      angles.load(op, position, first + i * 32);
+      angles.load(op, position, Ring::first_dim(lane, i));
       if (i > 0) angles.widen_after(words[i - 1].x);
       rotate8<T>(words[i], words[i + kDim / 64], angles);
     }
@@ -93,7 +94,7 @@ struct StepAngles<T, kDim, NoAngles> {
 };
 
 // Merges what the warps of a thread block found in the parts of a split; a warp does some of the dimensions.
-template <typename T, int kDim>
+template <typename T, int kDim, typename Ring = KeyRing<T, kDim>>
 __device__ __forceinline__ void merge_parts(const AttentionKernel& p, const RowTile& tile, int64_t head,
                                             int32_t split, const char* memory) {
   using Sums = RowSums<T, kDim>;
@@ -103,7 +104,7 @@ __device__ __forceinline__ void merge_parts(const AttentionKernel& p, const RowT
   if (first >= kOuts) return;
   const auto kept = [&](int part, int i) {
     return reinterpret_cast<const float*>(memory +
-                                          part * kFewWarpBytes<kDim, WarpWork::kPart>)[i * 32 + lane];
+                                          part * kFewWarpBytes<kDim, WarpWork::kPart, Ring>)[i * 32 + lane];
   };
   float top[2] = {kNoTop, kNoTop}, sum[2] = {}, out[4] = {}, one[kParts][2], other[kParts][2];
 #pragma unroll

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "block_attention/attend_codes.cuh"
 #include "block_attention/attend_tiles.cuh"
 #include "block_attention/attend_tiles_mma.cuh"
 #include "common/cuda_launch.cuh"
@@ -79,16 +80,16 @@ inline int32_t gathered_rows(const AttentionKernel& kernel) {
   return std::max(kernel.most_splits / 2, 1) * kManyRows;  // see splits_of_rows
 }
 
-// Whether a sequence may have more.
+// Whether a sequence may have more. Of quantised pools all need images: codes are widened once.
 inline bool may_need_images(const AttentionKernel& kernel) {
   const BlockAttention& op = kernel.op;
+  if (op.format != PoolFormat::kFloats) return true;
   return (op.cu_seqlens_q ? op.total_q : op.total_q / op.batch) * op.group_size > gathered_rows(kernel);
 }
 
 inline bool tiles_fit(const BlockAttention& op) {
   return op.dtype != DType::kFloat32 && (op.head_dim == 64 || op.head_dim == 128) &&
-         vectorised(op.q, op.head_dim, 2) && vectorised(op.k, op.head_dim, 2) &&
-         vectorised(op.v, op.head_dim, 2) && aligned16(op.out) &&
+         vectorised(op.q, op.head_dim, 2) && pools_vectorised(op) && aligned16(op.out) &&
          (!op.cos_sin_cache || aligned16(op.cos_sin_cache));
 }
 
@@ -137,7 +138,9 @@ TileAttention tile_attention(AttentionKernel kernel, void* workspace) {
 
 template <typename C>
 void launch_tile_images(const TileAttention& tiles, cudaStream_t stream) {
-  launch_kernel(tile_images_kernel<typename C::T, C::kDim, C::kKeys>,
+  using T = typename C::T;
+  launch_kernel(tiles.op.format == PoolFormat::kFloats ? tile_images_kernel<T, C::kDim, C::kKeys>
+                                                       : tile_images_kernel<T, C::kDim, C::kKeys, true>,
                 grid_of(tiles.op.batch * tiles.op.num_heads * tiles.max_tiles), kImageThreads, 0, stream,
                 tiles, "block_attention: tiles of keys");
 }
@@ -159,7 +162,8 @@ void launch_attend_tiles(const TileAttention& tiles, cudaStream_t stream) {
 // `workspace`: tiles_workspace() bytes, aligned to 16. Rows of a sequence without splits get their final
 // result, others what combine_splits_kernel needs; rows outside of all sequences get none.
 inline void launch_tiles(AttentionKernel kernel, void* workspace, cudaStream_t stream) {
-  const int32_t gathered = gathered_rows(kernel), fewest = kernel.min_rows;
+  const int32_t fewest = kernel.min_rows;
+  const int32_t gathered = kernel.op.format == PoolFormat::kFloats ? gathered_rows(kernel) : fewest - 1;
   if (may_need_images(kernel)) {
     kernel.min_rows = std::max(fewest, gathered + 1);
     dispatch_tiles(kernel.op, [&](auto config) {

@@ -51,6 +51,37 @@ void load_row(const Tokens& tokens, int64_t batch, int64_t token, int64_t head, 
   for_each_lanes(source, head_dim, tokens.stride_dim, [=](int64_t i, Lanes x) { store(row + i, x); });
 }
 
+// e4m3, whose NaN counts as the number that its bits would be.
+inline float from_e4m3(uint8_t code) {
+  const uint32_t bits = uint32_t{code & 0x80u} << 24 | uint32_t{code & 0x7fu} << 20;
+  return bits_to_float(bits) * 0x1p120f;  // float32's exponent is biased by 120 more
+}
+
+// A row of a quantised pool, as load_row.
+inline void load_bytes(const BlockAttention& p, bool key, int64_t block, int64_t slot, int64_t head,
+                       float* __restrict row) {
+  const Tokens& tokens = key ? p.k : p.v;
+  const uint8_t* codes = static_cast<const uint8_t*>(tokens.data) + block * tokens.stride_batch +
+                         slot * tokens.stride_token + head * tokens.stride_head;
+  const void* const scales = key ? p.k_scale : p.v_scale;
+  int64_t i = 0;
+  if (p.format == PoolFormat::kFp8) {
+    const float scale = static_cast<const float*>(scales)[block * p.num_heads + head];
+    for (; i < p.head_dim; ++i) row[i] = from_e4m3(codes[i * tokens.stride_dim]) * scale;
+  } else {
+    const int64_t half = p.head_dim / 2;
+    const int64_t number =
+        key ? (block * p.num_heads + head) * p.head_dim : (block * p.block_size + slot) * p.num_heads + head;
+    const Half* pairs = static_cast<const Half*>(scales) + number * 2;
+    for (; i < p.head_dim; ++i) {
+      const uint32_t byte = codes[(i < half ? i : i - half) * tokens.stride_dim];
+      const Half *scale = pairs + (key ? i : 0), *low = pairs + (key ? p.head_dim + i : 1);
+      row[i] = static_cast<float>(i < half ? byte & 15u : byte >> 4) * to_float(*scale) + to_float(*low);
+    }
+  }
+  for (; i % kWidth != 0; ++i) row[i] = 0.0f;
+}
+
 // Asks for a key and its value ahead of time: rows of one head are too far apart for the processor to guess.
 // Inlined by force: GCC takes a function that only prefetches for one that does nothing, and drops its calls.
 template <typename T>
@@ -84,12 +115,18 @@ int64_t load_keys(const BlockAttention& p, int64_t batch, int64_t head, int64_t 
       const int64_t slot = token - column * p.block_size;
       const int64_t position =
           p.positions ? position_at(p.positions, p.positions_int64, block * p.block_size + slot) : token;
-      prefetch<T>(p, table, head, token + kAhead, end);
+      if (p.format == PoolFormat::kFloats) prefetch<T>(p, table, head, token + kAhead, end);
       if (position < 0) continue;
       float* key = tile.keys + tile.count * tile.pitch;
-      load_row<T>(p.k, block, slot, head, p.head_dim, key);
+      float* value = tile.values + tile.count * tile.pitch;
+      if (p.format == PoolFormat::kFloats) {
+        load_row<T>(p.k, block, slot, head, p.head_dim, key);
+        load_row<T>(p.v, block, slot, head, p.head_dim, value);
+      } else {
+        load_bytes(p, true, block, slot, head, key);
+        load_bytes(p, false, block, slot, head, value);
+      }
       if (p.cos_sin_cache) rotate(p, p.packed ? token : position, key);
-      load_row<T>(p.v, block, slot, head, p.head_dim, tile.values + tile.count * tile.pitch);
       tile.numbers[tile.count++] = static_cast<int32_t>(token);
     }
   }

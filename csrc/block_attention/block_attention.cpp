@@ -22,19 +22,28 @@ Positions positions_of(const std::optional<Tensor>& tensor, const char* name, in
           int64};
 }
 
+// Scales of a pool that is not floats, or null.
+const void* scale_of(const std::optional<Tensor>& tensor, const char* name, bool int4, int64_t numel,
+                     const Tensor& q) {
+  if (!tensor) return nullptr;
+  return contiguous_data<void>(*tensor, name, int4 ? ScalarType::Half : ScalarType::Float, numel, q);
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const Tensor& block_table, const Tensor& seq_lens,
-                                           const std::optional<Tensor>& cu_seqlens_q,
-                                           const std::optional<Tensor>& positions,
-                                           const std::optional<Tensor>& cos_sin_cache,
-                                           const std::optional<Tensor>& q_positions, bool packed,
-                                           double sm_scale, bool causal, int64_t window) {
-  const auto [num_blocks, block_size, num_heads, head_dim] = sizes_of<4>(k, "k");
+std::tuple<Tensor, Tensor> block_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table, const Tensor& seq_lens,
+    const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& positions,
+    const std::optional<Tensor>& cos_sin_cache, const std::optional<Tensor>& q_positions, bool packed,
+    double sm_scale, bool causal, int64_t window, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale) {
+  const auto [num_blocks, block_size, num_heads, row_size] = sizes_of<4>(k, "k");
+  const bool bytes = k_scale.has_value(), int4 = bytes && k_scale->dim() == 4;
+  const int64_t head_dim = int4 ? row_size * 2 : row_size;
   const auto [total_q, num_qo_heads, q_dim] = sizes_of<3>(q, "q");
   check_same_device(q, "q", k);
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type(), "q has another dtype than k");
+  STD_TORCH_CHECK(bytes == v_scale.has_value(), "k_scale needs v_scale");
+  STD_TORCH_CHECK(k.scalar_type() == (bytes ? ScalarType::Byte : q.scalar_type()), "k has the wrong dtype");
   STD_TORCH_CHECK(q_dim == head_dim && num_heads > 0 && num_qo_heads % num_heads == 0,
                   "q does not have the head_dim and a multiple of the heads of k");
   STD_TORCH_CHECK(num_blocks * block_size > 0 && total_q > 0, "q and k must not be empty");
@@ -69,7 +78,12 @@ std::tuple<Tensor, Tensor> block_attention(const Tensor& q, const Tensor& k, con
       .q = {q.data_ptr(), 0, q_token, q_head, q_element},
       .k = tokens_of(k),
       .v = tokens_like(v, "v", k),
-      .dtype = float_dtype(k, "k"),
+      .dtype = float_dtype(q, "q"),
+      .format = !bytes ? PoolFormat::kFloats
+                : int4 ? PoolFormat::kInt4
+                       : PoolFormat::kFp8,
+      .k_scale = scale_of(k_scale, "k_scale", int4, num_blocks * num_heads * (int4 ? head_dim * 2 : 1), q),
+      .v_scale = scale_of(v_scale, "v_scale", int4, num_blocks * num_heads * (int4 ? block_size * 2 : 1), q),
       .total_q = total_q,
       .num_blocks = num_blocks,
       .block_size = block_size,

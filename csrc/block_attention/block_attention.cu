@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "block_attention/attend_codes.cuh"
 #include "block_attention/attend_fma.cuh"
 #include "block_attention/attend_mma.cuh"
 #include "block_attention/attend_tiles_launch.cuh"
@@ -14,14 +15,15 @@ namespace {
 // Whether all pieces of 16 bytes of a pool can be counted in 32 bits: of 64 GiB.
 bool countable(const Tokens& tokens, const BlockAttention& op) {
   return (op.num_blocks - 1) * tokens.stride_batch + (op.block_size - 1) * tokens.stride_token <
-         int64_t{UINT32_MAX} * 8;
+         int64_t{UINT32_MAX} * elements_of_piece(op);
 }
 
-// Keys and values in pieces of 16 bytes, in products of 16-bit floats.
+// Keys and values in pieces of 16 bytes, in products of 16-bit floats. Of int4, a step of keys brings the
+// pairs of two blocks.
 bool uses_mma(const BlockAttention& op) {
   return countable(op.k, op) && countable(op.v, op) && op.dtype != DType::kFloat32 &&
          (op.head_dim == 64 || op.head_dim == 128) && vectorised(op.q, op.head_dim, 2) &&
-         vectorised(op.k, op.head_dim, 2) && vectorised(op.v, op.head_dim, 2) &&
+         pools_vectorised(op) && (op.format != PoolFormat::kInt4 || op.block_size >= kStepKeys) &&
          (!op.cos_sin_cache || aligned16(op.cos_sin_cache));
 }
 
@@ -116,10 +118,11 @@ Plan plan(const BlockAttention& op, char* workspace) {
   kernel.queries_each = Divisor(op.cu_seqlens_q ? 1 : op.total_q / op.batch);
   kernel.most_keys = static_cast<int32_t>(std::min(op.max_blocks * op.block_size, kMostKeys));
   if (uses_mma(op)) {
-    kernel.k_block = static_cast<uint32_t>(op.k.stride_batch / 8);
-    kernel.k_slot = static_cast<uint32_t>(op.k.stride_token / 8);
-    kernel.v_block = static_cast<uint32_t>(op.v.stride_batch / 8);
-    kernel.v_slot = static_cast<uint32_t>(op.v.stride_token / 8);
+    const int64_t piece = elements_of_piece(op);
+    kernel.k_block = static_cast<uint32_t>(op.k.stride_batch / piece);
+    kernel.k_slot = static_cast<uint32_t>(op.k.stride_token / piece);
+    kernel.v_block = static_cast<uint32_t>(op.v.stride_batch / piece);
+    kernel.v_slot = static_cast<uint32_t>(op.v.stride_token / piece);
   }
   kernel.scale = op.sm_scale * 1.4426950408889634f;
   const int64_t rows = op.cu_seqlens_q ? op.total_q * op.group_size : op.total_q / op.batch * op.group_size;
@@ -237,8 +240,13 @@ void block_attention_cuda(const BlockAttention& op, void* workspace, void* strea
     using T = typename decltype(type)::type;
     if (plan.few) {
       if constexpr (sizeof(T) == 2) {
-        if (uses_mma(op) && op.head_dim == 128) launch_mma<T, 128>(plan, cuda_stream);
-        if (uses_mma(op) && op.head_dim == 64) launch_mma<T, 64>(plan, cuda_stream);
+        const bool floats = uses_mma(op) && op.format == PoolFormat::kFloats;
+        if (floats && op.head_dim == 128) launch_mma<T, 128>(plan, cuda_stream);
+        if (floats && op.head_dim == 64) launch_mma<T, 64>(plan, cuda_stream);
+      }
+      if (uses_mma(op) && op.format != PoolFormat::kFloats) {
+        const auto launch = op.format == PoolFormat::kFp8 ? launch_fp8 : launch_int4;
+        launch(kernel, plan.work, cuda_stream);
       }
       if (!uses_mma(op)) launch_fma<T>(kernel, cuda_stream);
       kernel.together == 1 ? launch_combine<T, kTogether>(kernel, cuda_stream)

@@ -11,10 +11,15 @@
 
 namespace livevlm {
 
+// How the pools hold keys and values: see livevlm_kernels/quantize_blocks.py.
+enum class PoolFormat { kFloats, kFp8, kInt4 };
+
 struct BlockAttention {
   Tokens q;     // [1, total_q, num_heads * group_size, head_dim]
   Tokens k, v;  // [num_blocks, block_size, num_heads, head_dim]: a block is what `Tokens` calls a batch entry
-  DType dtype;  // of q, k, v and out
+  DType dtype;  // of q and out; of k and v, too, if they are floats
+  PoolFormat format;              // else k and v are bytes
+  const void *k_scale, *v_scale;  // contiguous; null with floats
   int64_t total_q, num_blocks, block_size, num_heads, group_size, head_dim;
   int64_t batch, max_blocks;
   const int32_t* block_table;                     // [batch, (num_heads,) max_blocks]

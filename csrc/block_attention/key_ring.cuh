@@ -50,6 +50,9 @@ struct KeyRing {
   static constexpr int kBytes = 2 * kStepBytes;
   static constexpr uint32_t kPieces = kRow / 16, kRows = 32 / kPieces;  // of a row; of a warp at once
 
+  // The first dimension of word i of a key, or a query, that a lane has.
+  static __device__ __forceinline__ int first_dim(int lane, int i) { return lane % 4 * 8 + i * 32; }
+
   const AttentionKernel& p;
   const int32_t* table;
   const T *k, *v;      // of the head, and the lane's piece of a row

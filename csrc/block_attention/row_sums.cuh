@@ -38,11 +38,16 @@ __device__ __forceinline__ void hide(float (&logits)[4], const Range (&seen)[2],
   }
 }
 
-template <typename T, int kDim>
+// Values that are multiplied as codes: `out` is a power of two times what it should be, and there may be
+// something to be added to all dimensions of a row.
+enum class CodeSums { kNone, kPower, kPowerAndOffset };
+
+template <typename T, int kDim, CodeSums kCodes = CodeSums::kNone>
 struct RowSums {
   static constexpr int kHalves = kDim / 64;
   float out[kHalves][4][4] = {};  // dimensions lane / 4 * 8 + 2 m + j / 2, row lane % 4 * 2 + j % 2
   float top[2] = {kNoTop, kNoTop}, sum[2] = {};  // before add_lanes(), `sum` is of this thread's keys only
+  float offset[2] = {}, power = 0x1p127f;        // see CodeSums; `offset` is of this thread's keys, too
 
   // Exponentials of scaled logits, in their place; those are -inf where a row does not see a key.
   __device__ __forceinline__ void exponentials(float (&logits)[4]) {
@@ -72,6 +77,7 @@ struct RowSums {
       const float shrink = exp2_approx(top[j] - largest);
       top[j] = largest;
       sum[j] *= shrink;
+      if constexpr (kCodes == CodeSums::kPowerAndOffset) offset[j] *= shrink;
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
@@ -107,6 +113,20 @@ struct RowSums {
     for (int j = 0; j < 2; ++j) {
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], step);
+      if constexpr (kCodes != CodeSums::kNone) finish_codes(j);
+    }
+  }
+
+  __device__ __forceinline__ void finish_codes(int j) {
+    if constexpr (kCodes == CodeSums::kPowerAndOffset) {
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) offset[j] += __shfl_xor_sync(~0u, offset[j], step);
+    }
+    const float inverse = 1.0f / power;
+#pragma unroll
+    for (int i = j; i < kHalves * 16; i += 2) {
+      float& own = out[i / 16][i / 4 % 4][i % 4];
+      own = fmaf(own, inverse, offset[j]);
     }
   }
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "block_attention/angles.cuh"
+#include "block_attention/codes.cuh"
 
 namespace livevlm {
 
@@ -37,13 +38,13 @@ __device__ __forceinline__ int image_offset(int row, int piece) {
   return piece / 8 * (kRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
 }
 
-// A block makes one tile of one head.
-template <typename T, int kDim, int kKeys>
+// A block makes one tile of one head. kCodes: of a quantised pool.
+template <typename T, int kDim, int kKeys, bool kCodes = false>
 __global__ void __launch_bounds__(kImageThreads, 4)
     tile_images_kernel(const __grid_constant__ TileAttention p) {
   static_assert(kKeys <= 32 * kSomeHidden && kKeys % 16 == 0, "a bit for each key; products of 16 keys");
   constexpr int kPieces = kDim / 16;  // of 16 bytes, of half a row
-  constexpr int kItems = kKeys * kPieces, kImageBytes = kKeys * kDim * 2, kAhead = 2;
+  constexpr int kItems = kKeys * kPieces, kImageBytes = kKeys * kDim * 2, kAhead = kCodes ? 1 : 2;
   __shared__ int32_t blocks[kKeys], slots[kKeys], angles[kKeys];
   __shared__ uint32_t words[kPresentWords];
   const BlockAttention& op = p.op;
@@ -94,6 +95,11 @@ __global__ void __launch_bounds__(kImageThreads, 4)
       const int key = (item + i * kImageThreads) / kPieces, piece = item % kPieces * 8;
       k[i][0] = k[i][1] = v[i][0] = v[i][1] = make_uint4(0, 0, 0, 0);
       if (key >= kKeys || blocks[key] < 0) continue;
+      if constexpr (kCodes) {
+        code_eights<T>(op, true, blocks[key], slots[key], head, piece, k[i][0], k[i][1]);
+        code_eights<T>(op, false, blocks[key], slots[key], head, piece, v[i][0], v[i][1]);
+        continue;
+      }
       const T* from = keys + blocks[key] * op.k.stride_batch + slots[key] * op.k.stride_token + piece;
       k[i][0] = load_once(reinterpret_cast<const uint4*>(from));
       k[i][1] = load_once(reinterpret_cast<const uint4*>(from + kDim / 2));

@@ -12,11 +12,13 @@
 namespace livevlm {
 
 #ifdef LIVEVLM_EMULATED
+using emu::and_or;
 using emu::announce_mail;
 using emu::cluster_arrive;
 using emu::cluster_rank;
 using emu::cluster_wait;
 using emu::cp_async16;
+using emu::cp_async4;
 using emu::cp_async_commit;
 using emu::cp_async_wait;
 using emu::exp2_approx;
@@ -237,10 +239,32 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], c
                : "memory");
 }
 
+// word & mask | bits, in one instruction: with two constants the compiler makes it two.
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
+#if __CUDA_ARCH__ >= 890
+// Two numbers in e4m3 as halves.
+__device__ __forceinline__ uint32_t e4m3_to_halves(uint16_t codes) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(codes));
+  return result;
+}
+#endif
+
 // Copies 16 bytes from global to shared memory in the background, or writes zeros if not `valid`.
 __device__ __forceinline__ void cp_async16(void* shared, const void* global, bool valid) {
   const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid) {
+  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(target), "l"(global), "r"(valid ? 4 : 0)
                : "memory");
 }
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from livevlm_kernels.reference._chunks import chunks
 from livevlm_kernels.reference._rope import rotate
+from livevlm_kernels.reference.quantize_blocks import dequantize
 
 
 def block_attention(
@@ -24,8 +25,12 @@ def block_attention(
     sm_scale: float,
     causal: bool,
     window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [Q, Hq, D], pools [N, S, H, D], block_table [B, (H,) M] -> out [Q, Hq, D], lse [Q, Hq]; window 0: none."""
+    if k_scale is not None and v_scale is not None:
+        k, v = dequantize(k, k_scale, True), dequantize(v, v_scale, False)
     num_blocks, block_size, num_kv_heads, head_dim = k.shape
     total_q, num_qo_heads, _ = q.shape
     batch = block_table.shape[0]

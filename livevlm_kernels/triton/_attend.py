@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from livevlm_kernels.triton._codes import load_code_halves, load_code_values
 from livevlm_kernels.triton._slots import slots_of
 
 
@@ -52,6 +53,35 @@ def load_halves(
 
 
 @triton.jit
+def load_key_halves(
+    k,
+    offset,
+    there,
+    stride_dim,
+    k_scale,
+    scale_row,
+    cos_sin_cache,
+    cache_offset,
+    cache_stride_dim,
+    begin,
+    kind: tl.constexpr,
+    DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROTATE: tl.constexpr,
+):
+    if FORMAT:
+        return load_code_halves(
+            k, offset, there, stride_dim, k_scale, scale_row, cos_sin_cache, cache_offset, cache_stride_dim, begin,
+            kind, DIM, TILE, FORMAT, ROTATE,
+        )  # fmt: skip
+    else:
+        return load_halves(
+            k, offset, there, stride_dim, cos_sin_cache, cache_offset, cache_stride_dim, begin, DIM, TILE, ROTATE
+        )
+
+
+@triton.jit
 def dot(a, b, sums, WIDEN: tl.constexpr):
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
@@ -79,6 +109,9 @@ def attend(
     k_strides,
     v,
     v_strides,
+    k_scale,
+    v_scale,
+    head,
     table,
     flat,
     flat_length,
@@ -91,6 +124,8 @@ def attend(
     scale_log2,
     MASKED: tl.constexpr,
     FLAT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HEADS: tl.constexpr,
     ALIGN: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -127,19 +162,23 @@ def attend(
                 token, (token >= low) & (token < stop), table, positions, table_stride_block, k_strides, v_strides,
                 cache_strides[0], num_blocks, max_position, BLOCK_SIZE, HAS_POSITIONS, ROPE, PACKED, SAME,
             )  # fmt: skip
+        scale_row = k_offset
+        if FORMAT:
+            block = tl.load(table + (token // BLOCK_SIZE).to(tl.int64) * table_stride_block, mask=there, other=0)
+            scale_row = block.to(tl.int64) * HEADS + head
         logits = tl.zeros([q_offset.shape[0], TILE_KEYS], tl.float32)
         if TILE_HALF >= half:
-            k_first, k_second = load_halves(
-                k, k_offset, there, k_strides[3], cos_sin_cache, cache_offset, cache_strides[1], 0,
-                DIM, TILE_HALF, ROPE,
+            k_first, k_second = load_key_halves(
+                k, k_offset, there, k_strides[3], k_scale, scale_row, cos_sin_cache, cache_offset, cache_strides[1], 0,
+                q.dtype.element_ty, DIM, TILE_HALF, FORMAT, ROPE,
             )  # fmt: skip
             logits = dot(q_first, tl.trans(k_first), logits, WIDEN)
             logits = dot(q_second, tl.trans(k_second), logits, WIDEN)
         else:
             for dim in range(0, half, TILE_HALF):
-                k_first, k_second = load_halves(
-                    k, k_offset, there, k_strides[3], cos_sin_cache, cache_offset, cache_strides[1], dim,
-                    DIM, TILE_HALF, ROPE,
+                k_first, k_second = load_key_halves(
+                    k, k_offset, there, k_strides[3], k_scale, scale_row, cos_sin_cache, cache_offset,
+                    cache_strides[1], dim, q.dtype.element_ty, DIM, TILE_HALF, FORMAT, ROPE,
                 )  # fmt: skip
                 q_left, q_right = load_halves(
                     q, q_offset, q_mask, q_stride_dim, cos_sin_cache, q_cache_offset, cache_strides[1], dim,
@@ -156,7 +195,15 @@ def attend(
         weights = tl.exp2(logits - base[:, None])
         rescale = tl.exp2(top - base)
         total = total * rescale + tl.sum(weights, 1)
-        values = load_rows(v, v_offset, there, v_strides[3], 0, DIM, DIM == TILE_DIM, TILE_DIM)
+        if FORMAT:
+            if FORMAT == 2:
+                slot = (token % BLOCK_SIZE).to(tl.int64)
+                scale_row = (block.to(tl.int64) * BLOCK_SIZE + slot) * HEADS + head
+            values = load_code_values(
+                v, v_offset, there, v_strides[3], v_scale, scale_row, q.dtype.element_ty, DIM, TILE_DIM, FORMAT
+            )
+        else:
+            values = load_rows(v, v_offset, there, v_strides[3], 0, DIM, DIM == TILE_DIM, TILE_DIM)
         sums = dot(weights.to(values.dtype), values, sums * rescale[:, None], WIDEN)
         top = new_top
     return top, total, sums

@@ -25,6 +25,8 @@ def block_attention_kernel(
     positions,
     cos_sin_cache,
     q_positions,
+    k_scale,
+    v_scale,
     flat,
     out,
     lse,
@@ -50,6 +52,7 @@ def block_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     RAGGED: tl.constexpr,
     FLAT: tl.constexpr,
+    FORMAT: tl.constexpr,
     PER_HEAD: tl.constexpr,
     ALIGN: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
@@ -138,10 +141,10 @@ def block_attention_kernel(
         state = attend(
             state, begin if part == 0 or WINDOW else middle, middle if part == 0 else finish, low, stop,
             row_begin, row_end, q, q_first, q_second, q_offset, inside, q_strides[2], q_cache_offset,
-            k + head * k_strides[2], k_strides, v + head * v_strides[2], v_strides, table,
+            k + head * k_strides[2], k_strides, v + head * v_strides[2], v_strides, k_scale, v_scale, head, table,
             flat + lane * 3 * flat_length, flat_length, positions, cos_sin_cache, cache_strides, table_strides[2],
-            num_blocks, max_position, scale_log2, part == 1, FLAT, ALIGN, DIM, BLOCK_SIZE, HAS_POSITIONS, ROPE, PACKED,
-            SAME, ROTATE_QUERIES, WIDEN, TILE_KEYS, TILE_HALF, TILE_DIM,
+            num_blocks, max_position, scale_log2, part == 1, FLAT, FORMAT, HEADS, ALIGN, DIM, BLOCK_SIZE,
+            HAS_POSITIONS, ROPE, PACKED, SAME, ROTATE_QUERIES, WIDEN, TILE_KEYS, TILE_HALF, TILE_DIM,
         )  # fmt: skip
     top, total, sums = state
 

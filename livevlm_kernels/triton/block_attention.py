@@ -23,7 +23,9 @@ from livevlm_kernels.triton._slots import FLAT_TILE, flatten_kernel
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot does not know bfloat16
 
 
-def tiles_of(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, int], tuple[Tile, Tile, Tile]]:
+def tiles_of(
+    head_dim: int, dtype: torch.dtype, quantized: bool = False
+) -> tuple[dict[str, int], tuple[Tile, Tile, Tile]]:
     """Sizes of the dimensions as kernel constants, and the tiles for few, some and many rows."""
     half = max(16, triton.next_power_of_2((head_dim + 1) // 2))
     dim = max(16, triton.next_power_of_2(head_dim))
@@ -33,7 +35,11 @@ def tiles_of(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, int], tuple[T
         return {"TILE_HALF": 16, "TILE_DIM": dim}, (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(32, 32, 4, 1))
     # Three stages are two buffers of keys and values, and a third of what `flatten_kernel` wrote.
     few, some = Tile(16, 64 if dim < 256 else 32, 4, 3), Tile(64, 64 if dim < 128 else 32, 4 if dim < 256 else 8, 3)
-    return {"TILE_HALF": half, "TILE_DIM": dim}, (few, some, Tile(128, 64 if dim < 256 else 32, 8, 3))
+    tiles = few, some, Tile(128, 64 if dim < 256 else 32, 8, 3)
+    if quantized:  # codes take more registers
+        few, some, many = (tile._replace(keys=tile.keys // 2) for tile in tiles)
+        tiles = few, some, many
+    return {"TILE_HALF": half, "TILE_DIM": dim}, tiles
 
 
 def alignment(*steps: int) -> int:
@@ -56,10 +62,12 @@ def block_attention(
     sm_scale: float,
     causal: bool,
     window: int,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [Q, Hq, D], pools [N, S, H, D], block_table [B, (H,) M] -> out [Q, Hq, D], lse [Q, Hq]; window 0: none."""
-    num_blocks, block_size, num_kv_heads, head_dim = k.shape
-    total_q, num_qo_heads, _ = q.shape
+    num_blocks, block_size, num_kv_heads, _ = k.shape
+    total_q, num_qo_heads, head_dim = q.shape
     batch, max_blocks = block_table.shape[0], block_table.shape[-1]
     group, capacity = num_qo_heads // num_kv_heads, max_blocks * block_size
     table = block_table if block_table.dim() == 3 else block_table[:, None]
@@ -67,8 +75,10 @@ def block_attention(
     max_position = cos_sin_cache.shape[0] if cos_sin_cache is not None else 1
     lens = (seq_lens, cu_seqlens_q.contiguous() if cu_seqlens_q is not None else seq_lens)
     rope = [x if x is not None else k for x in (positions, cos_sin_cache, q_positions)]
+    scales = [x if x is not None else k for x in (k_scale, v_scale)]
+    form = 0 if k_scale is None else 2 if k_scale.dim() == 4 else 1  # see _codes.py
 
-    constants, tiles = tiles_of(head_dim, k.dtype)
+    constants, tiles = tiles_of(head_dim, q.dtype, form > 0)
     share = max(1, (4 if INTERPRETED else PROGRAMS) // num_kv_heads)
     constants |= {"SMALL": tiles[0].rows, "MEDIUM": tiles[1].rows, "LARGE": tiles[2].rows, "SHARE": share}
     constants |= {"HEADS": num_kv_heads, "GROUP": group, "DIM": head_dim, "RAGGED": cu_seqlens_q is not None}
@@ -79,7 +89,7 @@ def block_attention(
     }
     slots |= {"PACKED": packed, "SAME": k.stride()[:2] == v.stride()[:2]}
     options: dict[str, Any] = {"ROTATE_QUERIES": q_positions is not None, "CAUSAL": causal, "WINDOW": window > 0}
-    options |= {"WIDEN": INTERPRETED or k.dtype == torch.float32, "PER_HEAD": block_table.dim() == 3}
+    options |= {"WIDEN": INTERPRETED or q.dtype == torch.float32, "PER_HEAD": block_table.dim() == 3}
     options |= {"ALIGN": alignment(*k.stride()[:2], *v.stride()[:2], cache_strides[0])}
 
     need = bounds(tiles, total_q * group, batch, cu_seqlens_q is not None, capacity, share)
@@ -89,7 +99,8 @@ def block_attention(
     part_out = torch.empty((need.scratch, num_kv_heads, head_dim), **floats)
     part_lse = torch.empty((need.scratch, num_kv_heads), **floats)
     # A sequence of few rows finds its keys itself: another launch would take longer.
-    flatten = any(tile.rows > tiles[0].rows for tile, _ in need.items)
+    # The scales of quantised ones are found by block.
+    flatten = form == 0 and any(tile.rows > tiles[0].rows for tile, _ in need.items)
     flat_length = triton.cdiv(capacity, FLAT_TILE) * FLAT_TILE
     flat = torch.empty((batch, table.shape[1], 3, flat_length if flatten else 0), dtype=torch.int64, device=q.device)
     with torch.cuda.device_of(q):
@@ -100,10 +111,10 @@ def block_attention(
             )  # fmt: skip
         for tile, items in need.items:
             block_attention_kernel[(items, num_kv_heads)](
-                q, k, v, table, *lens, *rope, flat, out, lse, part_out, part_lse,
+                q, k, v, table, *lens, *rope, *scales, flat, out, lse, part_out, part_lse,
                 batch, total_q, total_q // batch, num_blocks, max_blocks, max_position, flat_length, window,
                 sm_scale * math.log2(math.e), q.stride(), k.stride(), v.stride(), table.stride(), cache_strides,
-                **constants, **slots, **options, FLAT=tile.rows > tiles[0].rows,
+                **constants, **slots, **options, FLAT=form == 0 and tile.rows > tiles[0].rows, FORMAT=form,
                 TILE_ROWS=tile.rows, TILE_KEYS=tile.keys, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
         if need.scratch or cu_seqlens_q is not None:

@@ -69,7 +69,7 @@ enum class State : uint8_t { kReady, kAtBlockBarrier, kAtWarpCollective, kExited
 struct Copy {
   void* to;
   const void* from;
-  unsigned group;
+  unsigned bytes, group;
 };
 
 struct Fiber {
@@ -289,12 +289,20 @@ void warp_collective(unsigned mask, Combine combine, void* operand) {
   if (!release_warp(first, fiber)) wait(State::kAtWarpCollective);
 }
 
-void cp_async16(void* to, const void* from, bool valid) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) fail("cp_async16: misaligned shared memory");
-  if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("cp_async16: misaligned global memory");
-  std::memset(to, 0xff, 16);
+static void copy_async(void* to, const void* from, bool valid, unsigned bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("cp_async: misaligned shared memory");
+  if (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0) fail("cp_async: misaligned global memory");
+  std::memset(to, 0xff, bytes);
   Fiber& fiber = now->fibers[now->current];
-  fiber.copies.push_back({to, valid ? from : nullptr, fiber.copy_groups});
+  fiber.copies.push_back({to, valid ? from : nullptr, bytes, fiber.copy_groups});
+}
+
+void cp_async16(void* to, const void* from, bool valid) {
+  copy_async(to, from, valid, 16);
+}
+
+void cp_async4(void* to, const void* from, bool valid) {
+  copy_async(to, from, valid, 4);
 }
 
 void cp_async_commit() {
@@ -305,7 +313,7 @@ void cp_async_finish(unsigned pending) {
   Fiber& fiber = now->fibers[now->current];
   std::erase_if(fiber.copies, [&](const Copy& copy) {
     if (copy.group + pending >= fiber.copy_groups) return false;
-    copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    copy.from ? std::memcpy(copy.to, copy.from, copy.bytes) : std::memset(copy.to, 0, copy.bytes);
     return true;
   });
 }

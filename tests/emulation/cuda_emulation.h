@@ -231,6 +231,10 @@ inline float exp2_approx(float x) {
   return std::exp2(x);
 }
 
+inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  return (word & mask) | bits;
+}
+
 inline uint32_t load_acquire(const uint32_t* flag) {
   yield(true);
   return *static_cast<const volatile uint32_t*>(flag);
@@ -271,6 +275,7 @@ inline void prefetch_l2(const void*) {}
 
 // Copies happen when they are waited for; until then the target holds NaN bits.
 void cp_async16(void* shared, const void* global, bool valid);
+void cp_async4(void* shared, const void* global, bool valid);
 void cp_async_commit();
 void cp_async_finish(unsigned pending);
 
@@ -418,6 +423,10 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     result |= ((from < 4 ? x : y) >> (from % 4 * 8) & 0xff) << (8 * i);
   }
   return result;
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+  return __floats2half2_rn(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
 }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }

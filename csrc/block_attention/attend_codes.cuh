@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// `block_attention` of few rows over quantised pools, a compiled file for each format.
+#pragma once
+
+#include "block_attention/attend_mma.cuh"
+#include "block_attention/code_ring.cuh"
+#include "common/cuda_launch.cuh"
+
+namespace livevlm {
+
+void launch_fp8(const AttentionKernel& kernel, WarpWork work, cudaStream_t stream);
+void launch_int4(const AttentionKernel& kernel, WarpWork work, cudaStream_t stream);
+
+// Elements of a pool in 16 bytes, if those are floats of 16 bits or codes.
+inline int64_t elements_of_piece(const BlockAttention& op) {
+  return op.format == PoolFormat::kFloats ? 8 : 16;
+}
+
+// Whether keys and values can be read in pieces of 16 bytes, and pairs.
+inline bool pools_vectorised(const BlockAttention& op) {
+  const int64_t bytes = 16 / elements_of_piece(op);
+  const int64_t row = op.format == PoolFormat::kInt4 ? op.head_dim / 2 : op.head_dim;
+  if (op.format == PoolFormat::kInt4 &&
+      (!aligned16(op.k_scale) || reinterpret_cast<uintptr_t>(op.v_scale) % 4 != 0))
+    return false;
+  return vectorised(op.k, row, bytes) && vectorised(op.v, row, bytes);
+}
+
+// As attend_mma_kernel, but for the ring.
+template <int kDim, typename Angle, WarpWork kWork, typename Ring>
+__global__ void __launch_bounds__(32 * kFewWarps<kWork>, Ring::kBlocks)
+    attend_codes_kernel(const __grid_constant__ AttentionKernel p) {
+  constexpr bool kPart = kWork == WarpWork::kPart, kMany = kWork == WarpWork::kSplits;
+  constexpr int kWarps = kFewWarps<kWork>;
+  using Sums = typename Ring::Sums;
+  LIVEVLM_DYNAMIC_SHARED(char, memory);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0),
+            lane = static_cast<int>(threadIdx.x) % 32;
+  const uint32_t item = kPart ? blockIdx.x : blockIdx.x * kWarps + static_cast<uint32_t>(warp);
+  const uint32_t unit = p.num_heads.quotient(item), number = p.num_found.quotient(unit);
+  const int64_t head = item - unit * p.num_heads.value;
+  const auto found = static_cast<int32_t>(unit - number * p.num_found.value);
+  wait_for_previous_kernels();
+  let_next_kernel_start();  // combine_splits_kernel relies on this order
+  if (kPart && warp == 0) bring_table_near(p, number, head);
+
+  if (number >= static_cast<uint32_t>(p.num_tiles)) return;
+  const RowTile tile = tile_of(p, static_cast<int32_t>(number));
+  if (tile.num_rows <= 0) return;
+  const Cut cut = tile.sequence.cut(p);
+  int32_t part_number = found * kFewParts<kWork>, key = cut.first + part_number * cut.part;
+  int32_t end = min(tile.keys.end, key + kFewParts<kWork> * cut.part);
+  if (key >= end || end <= tile.keys.begin) return;
+  if constexpr (kPart) key += warp * cut.part, end = min(end, key + cut.part);
+  if (key < tile.keys.begin) {  // parts before a window hold nothing
+    const int32_t skipped = min((tile.keys.begin - key) / cut.part, kPart ? 1 : kFewParts<kWork>);
+    part_number += skipped, key += skipped * cut.part;
+  }
+
+  char* const own = memory + warp * kFewWarpBytes<kDim, kWork, Ring>;
+  Ring ring(p, tile, head, end, own);
+  float* const kept = reinterpret_cast<float*>(own + (kPart ? 0 : Ring::kBytes));
+  [[maybe_unused]] float* const kept_splits = kept + Sums::kKept * 32;
+  CodeAngles<kDim, Angle> angles;
+  ring.start(key);
+  angles.load(ring, 0);
+  ring.look_ahead(key);
+
+  uint4 query[kDim / 32];
+  ring.template load_queries<Angle>(tile, head, query);
+  Range seen[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int32_t row = lane % 4 * 2 + j;
+    seen[j] = row < tile.num_rows ? tile.seen(p, row) : Range{key, end};
+  }
+  const int32_t all_from = max(seen[0].begin, seen[1].begin), all_to = min(seen[0].end, seen[1].end);
+
+  Sums part;
+  if constexpr (!kPart) part.keep(kept);  // that is, nothing
+  if constexpr (kMany) part.keep(kept_splits);
+  [[maybe_unused]] int32_t part_end = key + cut.part;
+#pragma unroll 1
+  for (int step = 0; key < end; step = Ring::after(step)) {
+    ring.turn(step, key);
+    float logits[4] = {};
+    uint4 upper[kDim / 32], lower[kDim / 32];
+    ring.keys(step, key, angles, upper, lower);
+    multiply<__half, kDim>(upper, lower, query, logits);
+    ring.scale(step, logits);
+    const uint32_t present = ring.present_at(step);
+    if (!__all_sync(~0u, present == 0xffff && key >= all_from && key + kStepKeys <= all_to))
+      hide(logits, seen, key, present);
+    part.exponentials(logits);
+    ring.add(part, logits, step);
+    angles.load(ring, Ring::after(step));  // not before: there are no registers for them
+
+    key += kStepKeys;
+    if (kPart || (key != part_end && key < end)) continue;
+    part.add_lanes();
+    part.merge_with(kept);
+    ++part_number;
+    if (kMany && (part_number % kParts == 0 || key >= end)) {
+      part.merge_with(kept_splits);
+      part.keep(kept_splits);
+      if (key >= end) break;
+      part = Sums();
+      part.keep(kept);
+    } else {
+      if (key >= end) break;
+      part.keep(kept);
+      part = Sums();
+    }
+    part_end += cut.part;
+  }
+  if constexpr (kPart) {
+    part.add_lanes();
+    cp_async_wait<0>();
+    __syncwarp();  // the ring is done with
+    part.keep(kept);
+    __syncthreads();
+    merge_parts<__half, kDim, Ring>(p, tile, head, found, memory);
+  } else {
+    part.write(p, tile, head, found);
+  }
+}
+
+// Three thread blocks of a multiprocessor if registers allow it, with as many steps on their way as shared
+// memory has room for.
+template <int kDim, typename Format, typename Angle, WarpWork kWork>
+struct CodeRingOf {
+  static constexpr bool kInt4 = Format::kBits == 4;
+  static constexpr int kBlocks = kWork == WarpWork::kPart ? 1 : kInt4 && Angle::kBytes > 0 ? 2 : 3;
+  static constexpr int kLess = kBlocks < 3 ? 0 : kWork == WarpWork::kSplit ? 1 : 2;
+  using type = CodeRing<kDim, Format, 4 + kInt4 - kLess, kBlocks>;
+};
+
+template <int kDim, typename Format, typename Angle, WarpWork kWork>
+void launch_codes(const AttentionKernel& kernel, cudaStream_t stream) {
+  using Ring = typename CodeRingOf<kDim, Format, Angle, kWork>::type;
+  constexpr int kWarps = kFewWarps<kWork>, kItems = kWork == WarpWork::kPart ? 1 : kWarps;
+  const int64_t items = int64_t{kernel.num_tiles} * kernel.op.num_heads * kernel.num_found.value;
+  launch_overlapping(attend_codes_kernel<kDim, Angle, kWork, Ring>,
+                     grid_of(ceil_div(items, kItems)), 32 * kWarps, kWarps * kFewWarpBytes<kDim, kWork, Ring>,
+                     stream, kernel, "block_attention");
+}
+
+template <int kDim, typename Format, typename Angle>
+void launch_codes(const AttentionKernel& kernel, WarpWork work, cudaStream_t stream) {
+  switch (work) {
+    case WarpWork::kPart:
+      return launch_codes<kDim, Format, Angle, WarpWork::kPart>(kernel, stream);
+    case WarpWork::kSplit:
+      return launch_codes<kDim, Format, Angle, WarpWork::kSplit>(kernel, stream);
+    case WarpWork::kSplits:
+      return launch_codes<kDim, Format, Angle, WarpWork::kSplits>(kernel, stream);
+  }
+}
+
+template <int kDim, typename Format>
+void launch_codes(const AttentionKernel& kernel, WarpWork work, cudaStream_t stream) {
+  if (!kernel.op.cos_sin_cache) return launch_codes<kDim, Format, NoAngles>(kernel, work, stream);
+  if (kernel.op.cos_sin_half) return launch_codes<kDim, Format, HalfAngles>(kernel, work, stream);
+  launch_codes<kDim, Format, FloatAngles>(kernel, work, stream);
+}
+
+template <typename Format>
+void launch_format(const AttentionKernel& kernel, WarpWork work, cudaStream_t stream) {
+  kernel.op.head_dim == 128 ? launch_codes<128, Format>(kernel, work, stream)
+                            : launch_codes<64, Format>(kernel, work, stream);
+}
+
+}  // namespace livevlm

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block_attention/attend_codes.cuh"
+
+namespace livevlm {
+
+void launch_fp8(const AttentionKernel& kernel, WarpWork work, cudaStream_t stream) {
+  launch_format<Fp8>(kernel, work, stream);
+}
+
+}  // namespace livevlm
