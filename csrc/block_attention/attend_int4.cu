@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "block_attention/attend_codes.cuh"
+#include "block_attention/attend_codes_launch.cuh"
 
 namespace livevlm {
 

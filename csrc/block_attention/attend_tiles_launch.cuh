@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "block_attention/attend_codes.cuh"
+#include "block_attention/attend_codes_launch.cuh"
 #include "block_attention/attend_tiles.cuh"
 #include "block_attention/attend_tiles_mma.cuh"
 #include "common/cuda_launch.cuh"

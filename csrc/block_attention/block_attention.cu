@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "block_attention/attend_codes.cuh"
+#include "block_attention/attend_codes_launch.cuh"
 #include "block_attention/attend_fma.cuh"
 #include "block_attention/attend_mma.cuh"
 #include "block_attention/attend_tiles_launch.cuh"
