@@ -11,31 +11,24 @@ template <int kDim, typename Angle, WarpWork kWork, typename Ring>
 __global__ void __launch_bounds__(32 * kFewWarps<kWork>, Ring::kBlocks)
     attend_codes_kernel(const __grid_constant__ AttentionKernel p) {
   constexpr bool kPart = kWork == WarpWork::kPart, kMany = kWork == WarpWork::kSplits;
-  constexpr int kWarps = kFewWarps<kWork>;
   using Sums = typename Ring::Sums;
   LIVEVLM_DYNAMIC_SHARED(char, memory);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0),
             lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t item = kPart ? blockIdx.x : blockIdx.x * kWarps + static_cast<uint32_t>(warp);
-  const uint32_t unit = p.num_heads.quotient(item), number = p.num_found.quotient(unit);
-  const int64_t head = item - unit * p.num_heads.value;
-  const auto found = static_cast<int32_t>(unit - number * p.num_found.value);
+  const WarpItem<kWork> item(p, warp);
   wait_for_previous_kernels();
   let_next_kernel_start();  // combine_splits_kernel relies on this order
-  if (kPart && warp == 0) bring_table_near(p, number, head);
+  if (kPart && warp == 0) bring_table_near(p, item.number, item.head);
 
-  if (number >= static_cast<uint32_t>(p.num_tiles)) return;
-  const RowTile tile = tile_of(p, static_cast<int32_t>(number));
+  if (item.number >= static_cast<uint32_t>(p.num_tiles)) return;
+  const RowTile tile = tile_of(p, static_cast<int32_t>(item.number));
   if (tile.num_rows <= 0) return;
   const Cut cut = tile.sequence.cut(p);
-  int32_t part_number = found * kFewParts<kWork>, key = cut.first + part_number * cut.part;
-  int32_t end = min(tile.keys.end, key + kFewParts<kWork> * cut.part);
-  if (key >= end || end <= tile.keys.begin) return;
-  if constexpr (kPart) key += warp * cut.part, end = min(end, key + cut.part);
-  if (key < tile.keys.begin) {  // parts before a window hold nothing
-    const int32_t skipped = min((tile.keys.begin - key) / cut.part, kPart ? 1 : kFewParts<kWork>);
-    part_number += skipped, key += skipped * cut.part;
-  }
+  const WarpKeys keys = item.keys_of(tile, cut, warp);
+  if (keys.none) return;
+  const int64_t head = item.head;
+  const int32_t end = keys.end, found = item.found;
+  int32_t key = keys.key, part_number = keys.part;
 
   char* const own = memory + warp * kFewWarpBytes<kDim, kWork, Ring>;
   Ring ring(p, tile, head, end, own);

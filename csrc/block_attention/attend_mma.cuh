@@ -138,6 +138,42 @@ __device__ __forceinline__ void merge_parts(const AttentionKernel& p, const RowT
   }
 }
 
+// The first key that a warp goes through, its part, and where its keys end.
+struct WarpKeys {
+  int32_t key, part, end;
+  bool none;  // for the whole thread block, if its warps have parts of a split
+};
+
+// What a warp is to do: a tile, a KV head, and number `found` of what is found for them.
+template <WarpWork kWork>
+struct WarpItem {
+  int64_t head;
+  uint32_t number;
+  int32_t found;
+
+  __device__ __forceinline__ WarpItem(const AttentionKernel& p, int warp) {
+    const uint32_t item =
+        kWork == WarpWork::kPart ? blockIdx.x : blockIdx.x * kFewWarps<kWork> + static_cast<uint32_t>(warp);
+    const uint32_t unit = p.num_heads.quotient(item);
+    number = p.num_found.quotient(unit);
+    head = item - unit * p.num_heads.value;
+    found = static_cast<int32_t>(unit - number * p.num_found.value);
+  }
+
+  __device__ __forceinline__ WarpKeys keys_of(const RowTile& tile, const Cut& cut, int warp) const {
+    constexpr bool kPart = kWork == WarpWork::kPart;
+    int32_t part = found * kFewParts<kWork>, key = cut.first + part * cut.part;
+    int32_t end = min(tile.keys.end, key + kFewParts<kWork> * cut.part);
+    const bool none = key >= end || end <= tile.keys.begin;
+    if constexpr (kPart) key += warp * cut.part, end = min(end, key + cut.part);
+    if (key < tile.keys.begin) {  // parts before a window hold nothing
+      const int32_t skipped = min((tile.keys.begin - key) / cut.part, kPart ? 1 : kFewParts<kWork>);
+      part += skipped, key += skipped * cut.part;
+    }
+    return {key, part, end, none};
+  }
+};
+
 // Where keys lie is looked up when it is known how many there are; until then the table can be on its way.
 __device__ __forceinline__ void bring_table_near(const AttentionKernel& p, uint32_t tile, int64_t head) {
   const auto entry = static_cast<int32_t>(threadIdx.x) % 32 * 32;
@@ -150,30 +186,23 @@ __global__ void __launch_bounds__(32 * kFewWarps<kWork>, kWork == WarpWork::kPar
     attend_mma_kernel(const __grid_constant__ AttentionKernel p) {
   constexpr bool kPart = kWork == WarpWork::kPart, kMany = kWork == WarpWork::kSplits;
   constexpr bool kEarly = Angle::kBytes <= 2;
-  constexpr int kWarps = kFewWarps<kWork>;
   LIVEVLM_DYNAMIC_SHARED(char, memory);
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0),
             lane = static_cast<int>(threadIdx.x) % 32;
-  const uint32_t item = kPart ? blockIdx.x : blockIdx.x * kWarps + static_cast<uint32_t>(warp);
-  const uint32_t unit = p.num_heads.quotient(item), number = p.num_found.quotient(unit);
-  const int64_t head = item - unit * p.num_heads.value;
-  const auto found = static_cast<int32_t>(unit - number * p.num_found.value);
+  const WarpItem<kWork> item(p, warp);
   wait_for_previous_kernels();
   let_next_kernel_start();  // combine_splits_kernel relies on this order
-  if (kPart && warp == 0) bring_table_near(p, number, head);
+  if (kPart && warp == 0) bring_table_near(p, item.number, item.head);
 
-  if (number >= static_cast<uint32_t>(p.num_tiles)) return;
-  const RowTile tile = tile_of(p, static_cast<int32_t>(number));
+  if (item.number >= static_cast<uint32_t>(p.num_tiles)) return;
+  const RowTile tile = tile_of(p, static_cast<int32_t>(item.number));
   if (tile.num_rows <= 0) return;
   const Cut cut = tile.sequence.cut(p);
-  int32_t part_number = found * kFewParts<kWork>, key = cut.first + part_number * cut.part;
-  int32_t end = min(tile.keys.end, key + kFewParts<kWork> * cut.part);
-  if (key >= end || end <= tile.keys.begin) return;
-  if constexpr (kPart) key += warp * cut.part, end = min(end, key + cut.part);
-  if (key < tile.keys.begin) {  // parts before a window hold nothing
-    const int32_t skipped = min((tile.keys.begin - key) / cut.part, kPart ? 1 : kFewParts<kWork>);
-    part_number += skipped, key += skipped * cut.part;
-  }
+  const WarpKeys keys = item.keys_of(tile, cut, warp);
+  if (keys.none) return;
+  const int64_t head = item.head;
+  const int32_t end = keys.end, found = item.found;
+  int32_t key = keys.key, part_number = keys.part;
 
   using Ring = KeyRing<T, kDim>;
   char* const own = memory + warp * kFewWarpBytes<kDim, kWork>;

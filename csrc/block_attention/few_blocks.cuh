@@ -56,9 +56,38 @@ __device__ __forceinline__ BeforeAndAll sum_before(uint32_t value, uint32_t* sum
           __reduce_add_sync(~0u, of_warp)};
 }
 
+// Finds the bin of key number `wanted`, from the largest down, by all threads. False if there are not so many
+// keys.
+template <int kThreads>
+__device__ __forceinline__ bool find_bin(const uint32_t* histogram, uint32_t* sums, FoundBin& found,
+                                         uint32_t wanted) {
+  constexpr int kOwn = kBins / kThreads;  // bins of a thread
+  const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
+  const auto* own = static_cast<const uint32_t*>(__builtin_assume_aligned(histogram + first, kOwn * 4));
+  uint32_t counts[kOwn], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) counts[i] = own[i];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) sum += counts[i];
+  const BeforeAndAll larger = sum_before<kThreads>(sum, sums);
+  if (larger.before < wanted && wanted <= larger.before + sum) {
+    uint32_t rest = wanted - larger.before;
+#pragma unroll
+    for (int i = kOwn - 1; i >= 0; --i) {
+      if (rest != 0 && rest <= counts[i]) {
+        found = {static_cast<uint32_t>(first + i), counts[i], rest};
+        rest = 0;
+      } else if (rest != 0) {
+        rest -= counts[i];
+      }
+    }
+  }
+  __syncthreads();
+  return wanted <= larger.all;
+}
+
 template <int kThreads>
 struct Picker {
-  static constexpr int kOwn = kBins / kThreads;  // bins of a thread
   PickShared& shared;
   uint32_t* marks;   // a bit for each block that is taken
   uint32_t* before;  // marks before each word
@@ -75,29 +104,8 @@ struct Picker {
     if (threadIdx.x == 0) shared.num_tied = 0;
   }
 
-  // Finds the bin of key number `wanted`, from the largest down. False if there are not so many keys.
   __device__ __forceinline__ bool find_bin(int pass, uint32_t wanted) {
-    const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
-    uint32_t counts[kOwn], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) counts[i] = shared.histogram[pass][first + i];
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) sum += counts[i];
-    const BeforeAndAll larger = sum_before<kThreads>(sum, shared.sums[pass]);
-    if (larger.before < wanted && wanted <= larger.before + sum) {
-      uint32_t rest = wanted - larger.before;
-#pragma unroll
-      for (int i = kOwn - 1; i >= 0; --i) {
-        if (rest != 0 && rest <= counts[i]) {
-          shared.bin = {static_cast<uint32_t>(first + i), counts[i], rest};
-          rest = 0;
-        } else if (rest != 0) {
-          rest -= counts[i];
-        }
-      }
-    }
-    __syncthreads();
-    return wanted <= larger.all;
+    return livevlm::find_bin<kThreads>(shared.histogram[pass], shared.sums[pass], shared.bin, wanted);
   }
 
   // Marks the `wanted` best blocks of those that have a key; of equal keys the first.

@@ -60,36 +60,6 @@ __device__ __forceinline__ void clear(ClusterShared& shared, uint32_t cluster_si
   cluster_arrive();
 }
 
-// As Picker::find_bin: finds the bin of key number `wanted`, from the largest down. False if there are not so
-// many keys.
-__device__ __forceinline__ bool find_bin(ClusterShared& shared, int pass, uint32_t wanted) {
-  constexpr int kOwn = kBins / kManyThreads;  // bins of a thread
-  static_assert(kOwn % 4 == 0);
-  const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
-  uint32_t counts[kOwn], sum = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; i += 4) {
-    const uint4 four = *reinterpret_cast<const uint4*>(&shared.all[pass][first + i]);
-    counts[i] = four.x, counts[i + 1] = four.y, counts[i + 2] = four.z, counts[i + 3] = four.w;
-    sum += four.x + four.y + four.z + four.w;
-  }
-  const BeforeAndAll larger = sum_before<kManyThreads>(sum, shared.sums[pass]);
-  if (larger.before < wanted && wanted <= larger.before + sum) {
-    uint32_t rest = wanted - larger.before;
-#pragma unroll
-    for (int i = kOwn - 1; i >= 0; --i) {
-      if (rest != 0 && rest <= counts[i]) {
-        shared.bin = {static_cast<uint32_t>(first + i), counts[i], rest};
-        rest = 0;
-      } else if (rest != 0) {
-        rest -= counts[i];
-      }
-    }
-  }
-  __syncthreads();
-  return wanted <= larger.all;
-}
-
 // Calls f(i, key) for keys i = begin, begin + step, ... below `end`, several of which are loaded together.
 template <typename KeyOf, typename F>
 __device__ __forceinline__ void each_key(int32_t begin, int32_t step, int32_t end, KeyOf key_of, F f) {
@@ -144,7 +114,8 @@ __device__ __forceinline__ KeyCut find_cut(ClusterShared& shared, const RowPart&
       if (key != kNeverKey && (key & known) == prefix) atomicAdd(&shared.own[key >> shift & digits], 1u);
     });
     add_to_all(shared, own, pass);
-    if (!find_bin(shared, pass, wanted)) return {kNeverKey + 1, kNeverKey, 0};  // only in the first pass
+    if (!find_bin<kManyThreads>(shared.all[pass], shared.sums[pass], shared.bin, wanted))
+      return {kNeverKey + 1, kNeverKey, 0};  // only in the first pass
     prefix |= shared.bin.digit << shift;
     wanted = shared.bin.rest;
     if (wanted == shared.bin.size) return {max(prefix, kNeverKey + 1), kNeverKey, 0};
