@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = bool(os.environ.get("LIVEVLM_EMULATED"))  # CUDA kernels, on the CPU: see tests/emulation
 SLOW = INTERPRETED or EMULATED  # then leave out large shapes
 
-DTYPES = [torch.float32, torch.bfloat16] if SLOW else [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def cases(op: str) -> list[Any]:
@@ -38,6 +38,18 @@ def overload(op: str, backend: str) -> Any:
     """The dispatcher overload behind a backend, for opcheck."""
     packet = getattr(torch.ops.livevlm_kernels, op)
     return getattr(packet, backend if backend in ("triton", "reference", "emulated") else "default")
+
+
+def block_tables(num_blocks: int, counts: list[int], heads: int | None) -> Tensor:
+    """A block table for sequences of `counts` blocks, all different ones in random order, and room for one more.
+
+    Of each head, if `heads` is not None: `[len(counts), (heads,) max(counts) + 1]` int32.
+    """
+    table = torch.full((len(counts), heads or 1, max(counts) + 1), -1, dtype=torch.int32)
+    for head in range(heads or 1):
+        for row, blocks in enumerate(torch.randperm(num_blocks)[: sum(counts)].split(counts)):
+            table[row, head, : counts[row]] = blocks
+    return table if heads else table[:, 0]
 
 
 def _surrounded(x: Tensor, padded: list[int], offset: int) -> Tensor:

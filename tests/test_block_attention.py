@@ -46,12 +46,7 @@ class Problem:
         pools = torch.randn(2, num_blocks, block_size, num_kv_heads, head_dim, device=device).to(dtype)
         self.k, self.v = pools.unbind(0)
         counts = [-(-n // block_size) for n in self.keys]
-        heads = num_kv_heads if per_head else 1
-        table = torch.full((len(lengths), heads, max(counts) + 1), -1, dtype=torch.int32)
-        for h in range(heads):
-            for row, blocks in enumerate(torch.randperm(num_blocks)[: sum(counts)].split(counts)):
-                table[row, h, : counts[row]] = blocks
-        self.table = (table if per_head else table[:, 0]).to(device)
+        self.table = kit.block_tables(num_blocks, counts, num_kv_heads if per_head else None).to(device)
         self.seq_lens = torch.tensor(self.keys, dtype=torch.int32, device=device)
         starts = torch.tensor([0, *self.queries]).cumsum(0)
         self.cu_seqlens_q = starts.to(device, torch.int32)

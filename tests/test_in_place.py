@@ -66,9 +66,11 @@ def test_same_answers_and_evidence(backend: str, device: str) -> None:
             answers.append([stream.ask(question.text) for question in video.questions(8, seed=1)])
     assert [str(a) for a in answers[:2]] == [str(a) for a in answers[2:]]
     for one, other in zip(chain(*answers[:2]), chain(*answers[2:]), strict=True):
-        # Which frame comes last may be a matter of rounding, how much it is attended to not.
-        assert one.evidence[0].frame == other.evidence[0].frame
         assert [e.weight for e in one.evidence] == pytest.approx([e.weight for e in other.evidence], abs=0.01)
+        for mine, its in ((one.evidence, other.evidence), (other.evidence, one.evidence)):
+            # The same frames; only of those that rounding cannot tell from the last one may another be there.
+            missing = [e for e in mine if e.frame not in {i.frame for i in its}]
+            assert all(e.weight == pytest.approx(its[-1].weight, abs=0.002) for e in missing)
 
 
 def test_a_backend_that_is_not_there_is_an_error() -> None:

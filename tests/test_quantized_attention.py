@@ -45,12 +45,7 @@ class Problem:
             for x, scale, key in ((self.k, self.k_scale, True), (self.v, self.v_scale, False))
         ]
         counts = [-(-n // block_size) for n in self.keys]
-        heads = num_kv_heads if per_head else 1
-        table = torch.full((len(lengths), heads, max(counts) + 1), -1, dtype=torch.int32)
-        for h in range(heads):
-            for row, blocks in enumerate(torch.randperm(num_blocks)[: sum(counts)].split(counts)):
-                table[row, h, : counts[row]] = blocks
-        self.table = (table if per_head else table[:, 0]).to(device)
+        self.table = kit.block_tables(num_blocks, counts, num_kv_heads if per_head else None).to(device)
         self.seq_lens = torch.tensor(self.keys, dtype=torch.int32, device=device)
         self.cu_seqlens_q = torch.tensor([0, *self.queries]).cumsum(0).to(device, torch.int32)
 
