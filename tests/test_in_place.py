@@ -54,19 +54,23 @@ def test_same_hidden_states(backend: str, device: str, name: str, positions: str
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("retrieval", ["none", "mean_key"])
 @pytest.mark.parametrize(("backend", "device"), IN_PLACE)
-def test_same_answers_and_evidence(backend: str, device: str) -> None:
-    checkpoint = livevlm.load("tiny", device=device)
+def test_same_answers_and_evidence(backend: str, device: str, retrieval: str) -> None:
+    # Evidence is the largest of many weights, which the checkpoint's own bfloat16 knows to 5 % only.
+    checkpoint = livevlm.load("tiny", device=device, dtype=torch.float32 if retrieval == "none" else "auto")
     answers = []
     for attention in ("sdpa", backend):
-        config = dataclasses.replace(checkpoint.config, attention=attention, retrieval="mean_key", pooling="softmax")
+        config = dataclasses.replace(checkpoint.config, attention=attention, retrieval=retrieval, pooling="softmax")
         for video in generate(24, seed=7, num_videos=2):
             stream = Stream(checkpoint.model, checkpoint.processor, config)
             stream.push(video.frames)
             answers.append([stream.ask(question.text) for question in video.questions(8, seed=1)])
     assert [str(a) for a in answers[:2]] == [str(a) for a in answers[2:]]
+    if retrieval != "none":
+        return  # rounding may choose another block for the last one, and the others' weights depend on it
     for one, other in zip(chain(*answers[:2]), chain(*answers[2:]), strict=True):
-        assert [e.weight for e in one.evidence] == pytest.approx([e.weight for e in other.evidence], abs=0.01)
+        assert [e.weight for e in one.evidence] == pytest.approx([e.weight for e in other.evidence], abs=0.002)
         for mine, its in ((one.evidence, other.evidence), (other.evidence, one.evidence)):
             # The same frames; only of those that rounding cannot tell from the last one may another be there.
             missing = [e for e in mine if e.frame not in {i.frame for i in its}]

@@ -104,7 +104,9 @@ __device__ __forceinline__ void attend_rows(const TileAttention& p, const TileWo
     shared_barrier_wait(barriers.keys_full(keys.stage), keys.phase);
     if (C::kGathers) wgmma_fence_shared();  // see values_there
     const uint32_t* const present = present_of(keys.stage);
-    const bool hidden = C::kGathers ? (present[0] & present[1]) != ~0u : present[kSomeHidden] != 0;
+    // One lane reads: it is the one that lets the copy engine write there again.
+    const bool hidden = C::kGathers ? (present[0] & present[1]) != ~0u
+                                    : __any_sync(~0u, (lane == 0 ? present[kSomeHidden] : 0u) != 0);
     return hidden || first_key < all_from || first_key + C::kKeys > all_to;
   };
   // Once the logits are there: hides keys, lets the copy engine have their place, takes the exponentials.

@@ -32,26 +32,25 @@ __global__ void __launch_bounds__(kCombineRows * 32)
                static_cast<int32_t>(own_query * p.group_size.value + qo_head - head * p.group_size.value), 0);
   const Cut cut = sequence.cut(p);
   const Range seen = sequence.seen(p.op, own_query);
+  // Splits with keys that the row sees; for others nothing was written.
+  const int32_t before = max(seen.begin - cut.first, 0), up_to = max(seen.end - cut.first, 0);
+  const int32_t first_split = before / cut.split;
+  const int32_t past_split = min(up_to / cut.split + (up_to % cut.split != 0 ? 1 : 0), num_splits);
   wait_for_previous_kernels();
   // Those with fewer rows are combined by another kernel, those without splits are finished.
   if (!exists || num_rows < p.min_rows || most_splits == 1) return;
 
-  const auto was_found = [&](int32_t split) {  // else nothing was written
-    const int32_t first = cut.first + split * cut.split;
-    return split < num_splits && first < seen.end && first + cut.split > seen.begin;
-  };
   float top = kNoTop, sum = 0.0f, out[4] = {};
 #pragma unroll 1
-  for (int32_t first = 0; first < num_splits; first += kAtOnce) {
+  for (int32_t first = first_split; first < past_split; first += kAtOnce) {
+    const auto place_of = [&](int32_t split) { return at + int64_t{min(split, past_split - 1)} * heads; };
     Vec<float, 4> parts[kAtOnce / kSides];
 #pragma unroll
-    for (int i = 0; i < kAtOnce / kSides; ++i) {
-      const int32_t split = first + i * kSides + side;
-      if (was_found(split)) parts[i].load(p.found_out + (at + int64_t{split} * heads) * kDim + dim);
-    }
+    for (int i = 0; i < kAtOnce / kSides; ++i)
+      parts[i].load(p.found_out + place_of(first + i * kSides + side) * kDim + dim);
     const int32_t own_split = first + lane % kAtOnce;
-    float2 own = make_float2(kNoTop, 0.0f);
-    if (was_found(own_split)) own = p.found_sums[at + int64_t{own_split} * heads];
+    float2 own = p.found_sums[place_of(own_split)];
+    if (own_split >= past_split) own = make_float2(kNoTop, 0.0f);
     float most = fmaxf(top, own.x);
 #pragma unroll
     for (int i = 1; i < kAtOnce; i *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, i));
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kCombineRows * 32)
     for (int i = 0; i < kAtOnce / kSides; ++i) {
       const int number = i * kSides + side;
       const float scale = __shfl_sync(~0u, factor, number), total = __shfl_sync(~0u, own.y, number);
-      if (!was_found(first + number)) continue;
+      if (first + number >= past_split) continue;
       float values[4];
       parts[i].widen(values);
       sum = fmaf(scale, total, sum);

@@ -17,7 +17,8 @@ namespace livevlm {
 inline constexpr int kBins = 2048, kBinPasses = 3;  // 11, 11 and 10 bits of a key
 inline constexpr int kMostTied = 160;               // keys that are ranked at once
 
-struct FoundBin {
+// By itself in 16 bytes: it is read with one load, and what else that would touch might be written meanwhile.
+struct alignas(16) FoundBin {
   uint32_t digit, size;
   uint32_t rest;  // how many of this bin are taken
 };
