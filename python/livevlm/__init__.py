@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from livevlm.answer import Answer, Evidence
+    from livevlm.answer import Answer
     from livevlm.cache import LiveCache
     from livevlm.checkpoint import Checkpoint, load
     from livevlm.config import Config
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         StateError,
         VideoError,
     )
+    from livevlm.evidence import Evidence
     from livevlm.processing import Processor
     from livevlm.stream import Stream, StreamStats
     from livevlm.video import open_video
@@ -36,7 +37,7 @@ _HOME = {
     "Checkpoint": "checkpoint",
     "Config": "config",
     "ConfigError": "errors",
-    "Evidence": "answer",
+    "Evidence": "evidence",
     "FrameError": "errors",
     "LiveCache": "cache",
     "LiveVLMError": "errors",

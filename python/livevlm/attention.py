@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from livevlm.config import Config
+from livevlm.evidence import FIRST_LAYER, Looks
 from livevlm.memory import Memory
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
@@ -27,9 +28,17 @@ MOST_ANGLES = 2**18  # 64 MiB of them at head_dim 128
 class Turn:
     """What one question has chosen to look at; lives until its answer ends."""
 
-    blocks: dict[int, Tensor]  # layer -> retrieved blocks, counted from `video_start`
-    mass: dict[int, tuple[Tensor, Tensor]]  # layer -> (slots, attention of the answer's first token to them)
     want_mass: bool = False
+    blocks: dict[int, Tensor] = field(default_factory=dict)  # layer -> retrieved blocks, counted from `video_start`
+    mass: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # a layer's slots, and the mass they got
+    looks: Looks | None = None
+
+    def found(self) -> Looks | None:
+        """What the answer's first token attended to; None if nobody wanted to know."""
+        if self.looks is None and self.mass:
+            slots, mass = zip(*self.mass, strict=True)
+            self.looks = Looks(torch.stack(slots), torch.stack(mass))
+        return self.looks
 
 
 class Read:
@@ -193,8 +202,7 @@ class Read:
         return self._shared["mask"]
 
     def _wants_mass(self, layer: int) -> bool:
-        # The first layer's last query is the same whatever is asked: its token is the chat template's.
-        return self.turn is not None and self.turn.want_mass and layer > 0
+        return self.turn is not None and self.turn.want_mass and layer >= FIRST_LAYER
 
     def _record_mass(self, layer: int, slots: Tensor | None, q: Tensor, k: Tensor, scaling: float) -> None:
         """Attention of the last query to every key, the largest over heads: where a head looked something up."""
@@ -202,4 +210,4 @@ class Read:
         mass = score_tokens(q, k, sm_scale=scaling, reduction="kv_head").amax(0)
         if slots is None:
             slots = torch.arange(self.memory.base, self.memory.end, device=k.device)
-        self.turn.mass[layer] = (slots, mass)
+        self.turn.mass.append((slots, mass))

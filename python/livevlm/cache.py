@@ -20,6 +20,7 @@ from livevlm.generate import checked_generate
 from livevlm.memory import Memory
 from livevlm.models import adapter_for
 from livevlm.policies import QueryWindow, policy_for
+from livevlm.replay import Replay
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
 from livevlm_kernels import backends
@@ -86,7 +87,8 @@ class LiveCache(Cache):
 
     Raises:
         ModelError: the model is not supported.
-        ConfigError: the budget does not fit the model, or `attention` names a backend that is not there.
+        ConfigError: the budget does not fit the model, `attention` names a backend that is not there, or `graphs` is
+            "on" where nothing can be captured.
     """
 
     def __init__(self, model: nn.Module, config: Config | None = None) -> None:
@@ -113,6 +115,10 @@ class LiveCache(Cache):
         self._doing: Literal["read", "answer"] | None = None
         self.prompt: Tensor | None = None  # token ids read before the video
         self._new_memory()
+        self.replay = Replay(self)
+        refusal = self.replay.refusal()
+        if self.config.graphs == "on" and refusal is not None:
+            raise ConfigError(f"graphs='on' is not possible here: {refusal}; allowed: 'auto', 'off'")
         super().__init__(layers=[_LiveLayer(self, layer) for layer in range(shape.num_layers)])
 
     def _new_memory(self) -> None:
@@ -128,8 +134,7 @@ class LiveCache(Cache):
         """Around a forward pass: opens slots for its tokens and decides what they attend to. A failure leaves none."""
         if language_model is not self.adapter.language_model:
             raise StateError("this LiveCache belongs to another model")
-        if self.adapter.kv_shape() != self.memory.shape:
-            raise StateError("the model's dtype or device has changed since this LiveCache was made; make a new one")
+        self.require_same_model()
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         if tokens.shape[0] != 1:
             raise QuestionError(f"batch size {tokens.shape[0]} is not supported with a LiveCache; allowed: 1")
@@ -270,6 +275,11 @@ class LiveCache(Cache):
         finally:
             self._doing = None
 
+    def require_same_model(self) -> None:
+        """Raises StateError if keys of the model would not fit the memory any more."""
+        if self.adapter.kv_shape() != self.memory.shape:
+            raise StateError("the model's dtype or device has changed since this LiveCache was made; make a new one")
+
     def require_askable(self) -> None:
         """Raises StateError if no question can be asked now; see `begin_question`."""
         self._require_idle()
@@ -285,7 +295,7 @@ class LiveCache(Cache):
             StateError: no frame has been seen, or another answer is being generated.
         """
         self.require_askable()
-        self._doing, self._turn = "answer", Turn({}, {}, want_mass)
+        self._doing, self._turn = "answer", Turn(want_mass)
         return self._turn
 
     def end_question(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from typing_extensions import Self
 
 from livevlm.errors import ConfigError
-from livevlm.types import Attention, PolicyName, Pooling, Positions, RetrievalName, Scope
+from livevlm.types import Attention, Graphs, PolicyName, Pooling, Positions, RetrievalName, RetrievalPass, Scope
 
 CONFIG_FILE = "livevlm_config.json"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -52,12 +52,19 @@ class Config:
         num_retrieved_frames: `frame`: blocks of one frame that are retrieved, 64 (ReKV).
         pooling: "query": the mean question query against the representatives (ReKV; LiveVLM v2 as we read it);
             "softmax": a softmax per query token and head, then the sum (ours).
+        retrieval_pass: whose queries choose the blocks. "inline" (ours): those of the one pass that reads the question,
+            chat template included. "two_pass" (ReKV; LiveVLM v2 as we read it): a pass of its own over the question's
+            text alone goes first; like a question, it attends to the prompt, the newest frames and what each layer has
+            just chosen (as ReKV's code does). It costs a second pass.
         positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
             place in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
         attention: how the memory is read. "auto": on a GPU in place, by the fused kernels of
             `livevlm_kernels.block_attention`, for 16-bit models, where that is the fastest (with heads of other sizes
             than 64 and 128: for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").
             "cuda", "triton", "cpu", "reference": in place, by that backend.
+        graphs: "auto": `Stream.ask` replays CUDA graphs where it can: 16-bit Qwen2 models on a GPU, questions of up to
+            256 tokens; `stats().graphs` says what happened. "on": an error where model, device or settings do not allow it,
+            or capturing fails. "off": never.
         max_new_tokens: longest answer, 128 (ours).
     """
 
@@ -79,8 +86,10 @@ class Config:
     block_size: int = 16
     num_retrieved_frames: int = 64
     pooling: Pooling = "query"
+    retrieval_pass: RetrievalPass = "inline"
     positions: Positions = "packed"
     attention: Attention = "auto"
+    graphs: Graphs = "auto"
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -92,6 +101,8 @@ class Config:
             "pooling": get_args(Pooling),
             "positions": get_args(Positions),
             "attention": get_args(Attention),
+            "graphs": get_args(Graphs),
+            "retrieval_pass": get_args(RetrievalPass),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

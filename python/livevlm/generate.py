@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers: the decoding loop of `Stream.ask`, and `model.generate` with a LiveCache."""
+"""`model.generate` with a LiveCache. It runs transformers' own loop, without CUDA graphs."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from livevlm.decoding import choose_blocks
 from livevlm.errors import QuestionError
-from livevlm.options import Sampler
 
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
@@ -29,30 +29,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     "cache_implementation": (None, "the LiveCache is the cache"),
     "guidance_scale": (1, "it runs the prompt twice"),
 }
-
-
-@torch.no_grad()
-def next_logits(cache: LiveCache, embeds: Tensor) -> Tensor:
-    """Reads embeddings `[num_tokens, hidden]` of question or answer; logits `[1, vocab_size]` of what follows."""
-    output = cache.adapter.language_model(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
-    return cache.adapter.logits(output.last_hidden_state[:, -1])
-
-
-def decode(
-    cache: LiveCache, logits: Tensor, sampler: Sampler, *, max_new_tokens: int, stop: Collection[int]
-) -> Iterator[int]:
-    """Token ids of the answer, one by one, up to a stop token; `logits` are those of its first token."""
-    for count in range(1, max_new_tokens + 1):
-        with torch.no_grad():
-            token = sampler(logits)
-        token_id = int(token)
-        if token_id in stop:
-            return
-        yield token_id
-        if count < max_new_tokens:
-            with torch.no_grad():
-                embeds = cache.adapter.embed_tokens(token)
-            logits = next_logits(cache, embeds)
 
 
 @torch.no_grad()
@@ -103,18 +79,17 @@ def checked_generate(
     if generation_config is not None:
         kwargs["generation_config"] = settings = copy.deepcopy(generation_config)
     if input_ids is None:
-        with cache.question():
-            return stock_generate(inputs_embeds=given, past_key_values=cache, **kwargs)
+        return _answer(cache, stock_generate, given, kwargs)
     _count_answer_only(kwargs, settings if generation_config is not None else None, input_ids.shape[1])
     question = _question_of(cache, input_ids[0], pixel_values_videos)
     if pixel_values_videos is None:
-        result = _answer(cache, stock_generate, question, kwargs)
+        result = _answer(cache, stock_generate, cache.adapter.embed_question(question)[None], kwargs)
     else:  # for an empty cache: see _question_of
         prompt = cache.prompt
         try:
             cache.prefill_prompt(input_ids[0, : input_ids[0].tolist().index(cache.adapter.video_token_id)])
             cache.push(pixel_values_videos[0], torch.arange(pixel_values_videos.shape[1], dtype=torch.float64))
-            result = _answer(cache, stock_generate, question, kwargs)
+            result = _answer(cache, stock_generate, cache.adapter.embed_question(question)[None], kwargs)
         except BaseException:
             cache.reset()
             if prompt is not None:
@@ -126,9 +101,10 @@ def checked_generate(
     return result
 
 
-def _answer(cache: LiveCache, stock_generate: Callable[..., Any], question: Tensor, kwargs: dict[str, Any]) -> Any:
-    embeds = cache.adapter.embed_question(question)[None]
+def _answer(cache: LiveCache, stock_generate: Callable[..., Any], embeds: Tensor, kwargs: dict[str, Any]) -> Any:
     with cache.question():
+        if cache.config.retrieval_pass == "two_pass":
+            choose_blocks(cache, embeds[0])
         return stock_generate(inputs_embeds=embeds, past_key_values=cache, **kwargs)
 
 

@@ -116,6 +116,10 @@ class Processor:
             raise ModelError(f"the chat template does not place the video: it gave {text!r} without {VIDEO!r}")
         return self._ids(before), self._ids(after)
 
+    def text(self, question: str) -> Tensor:
+        """Token ids of the question alone, without the chat around it, `[num_tokens]` int64."""
+        return self._ids(question.strip())
+
     def _ids(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from livevlm.config import Config
@@ -26,10 +27,11 @@ class Retrieval:
         self.config = config
         self.block_size = tokens_per_frame if config.retrieval == "frame" else config.block_size
         self.tokens_per_frame = tokens_per_frame
-        self._summaries: Tensor | None = None
+        self._summaries: Tensor | None = None  # of all blocks that the memory has room for
+        self._stale = True
 
     def memory_changed(self) -> None:
-        self._summaries = None
+        self._stale = True
 
     def num_candidates(self, memory: Memory) -> int:
         """Blocks that may be left out: whole ones that hold no token of the newest frames."""
@@ -40,7 +42,10 @@ class Retrieval:
         candidates = self.num_candidates(memory)
         if self.config.retrieval == "frame":
             return min(candidates, self.config.num_retrieved_frames)
-        return min(candidates, math.ceil(self.config.retrieval_ratio * candidates))
+        return min(candidates, self._share_of(candidates))
+
+    def _share_of(self, candidates: int) -> int:
+        return math.ceil(self.config.retrieval_ratio * candidates - 1e-6)  # as `retrieve_blocks` counts on the device
 
     def is_needed(self, memory: Memory) -> bool:
         return self.config.retrieval != "none" and self.num_selected(memory) < self.num_candidates(memory)
@@ -55,15 +60,60 @@ class Retrieval:
             int32 `[num_selected]`.
         """
         candidates = self.num_candidates(memory)
-        if self._summaries is None:
-            end = memory.video_start + candidates * self.block_size
-            keys = memory.k[:, memory.video_start : end]
-            self._summaries = summarize_blocks(keys, block_size=self.block_size)
         table, _ = retrieve_blocks(
             q,
-            self._summaries[layer],
+            self.summaries(memory)[layer, :candidates],
             kind="mean",
             pooling=self.config.pooling,
             num_selected=self.num_selected(memory),
         )
         return table
+
+    def search(self, q: Tensor, summaries: Tensor, num_candidates: Tensor) -> Tensor:
+        """`select` where the number of candidates is known on the device only.
+
+        Args:
+            q: as for `select`; rows of zeros choose nothing.
+            summaries: of one layer, as wide as the memory.
+            num_candidates: int32 `[1]`.
+
+        Returns:
+            int32, as many as there can be; -1 behind the last one.
+        """
+        most, ratio = summaries.shape[0], None
+        if self.config.retrieval == "frame":
+            most = min(most, self.config.num_retrieved_frames)
+        else:
+            most, ratio = min(most, self._share_of(most)), self.config.retrieval_ratio
+        table, _ = retrieve_blocks(
+            q,
+            summaries,
+            kind="mean",
+            pooling=self.config.pooling,
+            num_selected=most,
+            ratio=ratio,
+            seq_lens=num_candidates,
+        )
+        return table
+
+    def buffer(self, memory: Memory) -> Tensor:
+        """Where the representatives of a memory of this size are kept, `[num_layers, num_blocks, ...]` float32."""
+        layers, slots, *head = memory.k.shape
+        shape = (layers, (slots - memory.video_start) // self.block_size, *head)
+        kept = self._summaries
+        if kept is None or kept.shape != shape or kept.device != memory.k.device:
+            with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
+                self._summaries = kept = torch.zeros(shape, dtype=torch.float32, device=memory.k.device)
+            self._stale = True
+        return kept
+
+    def summaries(self, memory: Memory) -> Tensor:
+        """The representatives of all whole blocks that may be left out, in `buffer`; zeros behind them."""
+        kept = self.buffer(memory)
+        if self._stale:
+            keys = memory.k[:, memory.video_start : memory.video_start + kept.shape[1] * self.block_size]
+            valid = self.num_candidates(memory) * self.block_size
+            lens = torch.full((kept.shape[0],), valid, dtype=torch.int32, device=kept.device)
+            summarize_blocks(keys, block_size=self.block_size, seq_lens=lens, out=kept)
+            self._stale = False
+        return kept

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from livevlm.answer import Answer, evidence_of
+from livevlm.answer import Answer
 from livevlm.cache import LiveCache
 from livevlm.config import Config
+from livevlm.decoding import Question, answer_tokens, warm_up
 from livevlm.errors import FrameError
+from livevlm.evidence import evidence_of
 from livevlm.frames import as_frames
-from livevlm.generate import decode, next_logits
-from livevlm.options import AskOptions, Decoding, Sampler
+from livevlm.options import AskOptions, Decoding
 from livevlm.processing import Processor
 
 
@@ -38,6 +39,8 @@ class StreamStats:
         peak_bytes: most bytes ever allocated.
         encode_seconds: time spent reading frames.
         num_questions: questions answered.
+        graphs: how the newest answer was computed: "on" (CUDA graphs), "off: why" or "failed: why"; before the first
+            one, how it will be.
     """
 
     num_frames: int
@@ -50,6 +53,7 @@ class StreamStats:
     peak_bytes: int
     encode_seconds: float
     num_questions: int
+    graphs: str
 
 
 class Stream:
@@ -166,14 +170,10 @@ class Stream:
         cache, tokenizer, start = self.cache, self.processor.tokenizer, clock.perf_counter()
         turn = cache.begin_question(want_mass=options.num_evidence > 0)
         try:
-            with torch.no_grad():
-                embeds = cache.adapter.embed_question(token_ids)
-            logits = next_logits(cache, embeds)
-            turn.want_mass = False  # the first token's look-up is the evidence
-            sampler = Sampler(options, logits.device)
+            asked = Question(token_ids, self.processor.text(question))
             ids: list[int] = []
             text, ttft = "", 0.0
-            for token in decode(cache, logits, sampler, max_new_tokens=options.max_new_tokens, stop=self._stop):
+            for token in answer_tokens(cache, turn, asked, options, self._stop):
                 ttft = ttft or clock.perf_counter() - start
                 ids.append(token)
                 whole = tokenizer.decode(ids, skip_special_tokens=True)
@@ -187,11 +187,25 @@ class Stream:
             answer.question, answer.time, answer.num_tokens = question, self._time or 0.0, len(ids)
             answer.seconds = clock.perf_counter() - start
             answer.ttft = ttft or answer.seconds
-            answer.evidence = evidence_of(turn, cache.memory, options.num_evidence) if options.num_evidence else ()
+            looks = turn.found()
+            answer.evidence = () if looks is None else evidence_of(looks, cache.memory, options.num_evidence)
             self._num_questions += 1
         finally:
             cache.end_question()
         yield answer
+
+    def warmup(self, *, max_new_tokens: int | None = None) -> None:
+        """Captures CUDA graphs for questions of all lengths, so that the first ones are answered as fast as later ones.
+
+        Graphs are captured anew when they must be, which the next question then waits for: after memory has grown
+        (policy "full", or an answer longer than there was room for), and after other weights were loaded. Layers'
+        weights that were exchanged one by one need this call; what `stats().graphs` says tells how it went.
+
+        Raises:
+            StateError: no frame has been pushed, or an answer is being generated.
+        """
+        self.cache.require_askable()
+        warm_up(self.cache, max_new_tokens or self.config.max_new_tokens)
 
     # ---------------------------------------------------------------- telling
     def stats(self) -> StreamStats:
@@ -208,6 +222,7 @@ class Stream:
             peak_bytes=memory.peak_bytes,
             encode_seconds=self._encode_seconds,
             num_questions=self._num_questions,
+            graphs=self.cache.replay.said,
         )
 
 

@@ -84,3 +84,24 @@ class LlavaOnevisionAdapter:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(hidden)
+
+    def decoder_layers(self) -> list[Any]:
+        """The language model's layers, for `livevlm.decoder`, which calls what they hold instead of the layers.
+
+        Raises:
+            ModelError: a layer computes something else than transformers' Qwen2: it is of another class, or hooks or a
+                method put in the place of `forward` watch over it.
+        """
+        layers, model = list(self.language_model.layers), self.language_model
+        config, norm = model.config, "Qwen2RMSNorm"
+        if getattr(config, "hidden_act", None) != "silu":
+            raise ModelError(f"hidden_act={getattr(config, 'hidden_act', None)!r} is not silu")
+        parts = [(model.norm, norm), *((layer, "Qwen2DecoderLayer") for layer in layers)]
+        for layer in layers:
+            parts += [(layer.self_attn, "Qwen2Attention"), (layer.mlp, "Qwen2MLP")]
+            parts += [(layer.input_layernorm, norm), (layer.post_attention_layernorm, norm)]
+        for part, expected in parts:
+            hooked = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+            if type(part).__name__ != expected or hooked:
+                raise ModelError(f"a {type(part).__name__} {'has hooks' if hooked else f'stands for a {expected}'}")
+        return layers

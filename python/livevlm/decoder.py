@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A forward pass of the language model over static buffers, so that it can be captured into a CUDA graph.
+
+It uses the stock model's own modules for everything with weights, and rounds where they do; what lies between them is
+fused (`livevlm_kernels/layer_steps.py`). But for the number of rows, nothing here depends on numbers that change from
+question to question: those stand in `Buffers.facts`. So a pass can be replayed; run as it is, it computes the same.
+
+Rows of padding behind a question are tokens like others, in slots that the answer will write over: no row before them
+sees them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from livevlm.buffers import Buffers
+from livevlm.config import Config
+from livevlm.memory import Memory
+from livevlm.models import LlavaOnevisionAdapter
+from livevlm.retrieval import Retrieval
+from livevlm_kernels import block_attention
+from livevlm_kernels.layer_steps import add_rms_norm, fill_table, silu_mul, store_tokens
+
+
+class Decoder:
+    """The passes of one memory.
+
+    Args:
+        layers: the decoder layers, as `adapter.plain_layers` gives them.
+        angles: cosines and sines of all positions that passes may have.
+        backend: of `block_attention`.
+    """
+
+    def __init__(
+        self,
+        adapter: LlavaOnevisionAdapter,
+        layers: list[Any],
+        memory: Memory,
+        retrieval: Retrieval,
+        config: Config,
+        buffers: Buffers,
+        angles: Tensor,
+        backend: str,
+    ) -> None:
+        self.adapter, self.layers = adapter, layers
+        self.memory, self.retrieval, self.config = memory, retrieval, config
+        self.buffers, self.angles, self.backend = buffers, angles, backend
+        self.summaries = retrieval.buffer(memory) if config.retrieval != "none" else None
+
+    @torch.no_grad()
+    def read_question(self, rows: int, *, retrieve: bool) -> None:
+        """Reads the first `rows` of `embeds`; with `retrieve` their queries choose each layer's blocks."""
+        buffers = self.buffers
+        x, delta = self._layers(buffers.embeds[:rows], buffers.place, retrieve, is_question=True)
+        last = buffers.place[3:4] - 1
+        self._predict(x.index_select(0, last), delta.index_select(0, last))
+
+    @torch.no_grad()
+    def read_token(self) -> None:
+        """Reads `token`, and moves on by one."""
+        buffers = self.buffers
+        x, delta = self._layers(self.adapter.embed_tokens(buffers.token), buffers.step, False, is_question=False)
+        self._predict(x, delta)
+        buffers.step[:3].add_(1)
+
+    def _predict(self, x: Tensor, delta: Tensor) -> None:
+        norm = self.adapter.language_model.norm
+        _, x = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+        self.buffers.logits.copy_(self.adapter.logits(x))
+
+    def _layers(self, x: Tensor, place: Tensor, retrieve: bool, is_question: bool) -> tuple[Tensor, Tensor]:
+        """Input and output of the last layer's MLP: their sum is what the model has understood."""
+        delta = None
+        positions = place[2:3] + self.buffers.rows[: x.shape[0]] if is_question else place[2:3]
+        for index, layer in enumerate(self.layers):
+            norm = layer.input_layernorm
+            x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+            delta = self._attention(index, layer.self_attn, normed, place, positions, retrieve, is_question)
+            norm = layer.post_attention_layernorm
+            x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+            delta = layer.mlp.down_proj(silu_mul(layer.mlp.gate_proj(normed), layer.mlp.up_proj(normed)))
+        assert delta is not None
+        return x, delta
+
+    def _attention(
+        self,
+        index: int,
+        module: Any,
+        x: Tensor,
+        place: Tensor,
+        positions: Tensor,
+        retrieve: bool,
+        is_question: bool,
+    ) -> Tensor:
+        memory, buffers = self.memory, self.buffers
+        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+        last_q = buffers.last_q[index].flatten() if is_question else None
+        store_tokens(q, k, v, memory.k[index], memory.v[index], place, last_q)
+        q = q.view(x.shape[0], -1, memory.shape.head_dim)
+        if retrieve:
+            assert self.summaries is not None
+            selected = self.retrieval.search(q, self.summaries[index], buffers.choice[1:2])
+            fill_table(selected, buffers.choice, buffers.table[index])
+        out = block_attention(
+            q,
+            memory.blocks(memory.k, index),
+            memory.blocks(memory.v, index),
+            buffers.table[index][None],
+            place[1:2],
+            positions=memory.blocks(memory.position, index),
+            cos_sin_cache=self.angles,
+            q_positions=positions,
+            packed=self.config.positions == "packed",
+            sm_scale=module.scaling,
+            backend=self.backend,
+        )
+        assert isinstance(out, Tensor)
+        return module.o_proj(out.flatten(1))

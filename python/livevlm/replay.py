@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Forward passes over static buffers, captured into CUDA graphs: a question's in buckets of length, and one token's.
+
+Graphs hold addresses. They are captured when they are first needed, or by `warmup`, and captured anew when the memory,
+its summaries, the table of angles or the model's weights have moved.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from livevlm.attention import MOST_ANGLES
+from livevlm.buffers import BUCKETS, Buffers, Choice, Place
+from livevlm.decoder import Decoder
+from livevlm.errors import ModelError
+
+if TYPE_CHECKING:
+    from livevlm.cache import LiveCache
+
+Kind = tuple[int, bool]  # rows of a pass, and whether they choose the blocks that are attended to
+TOKEN: Kind = (1, False)
+
+_CAPTURING = threading.Lock()  # one capture at a time, whatever stream it is for
+
+
+class Replay:
+    """The passes of one LiveCache.
+
+    Args:
+        capture: False runs the same passes as they are: for tests, on any device.
+
+    Attributes:
+        said: how the newest answer ran: "on", "off: why", or "failed: why".
+    """
+
+    def __init__(self, cache: LiveCache, *, capture: bool = True) -> None:
+        self.cache, self.capture = cache, capture
+        self.buffers: Buffers | None = None
+        self._decoder: Decoder | None = None
+        self._moved: tuple[Any, ...] = ()  # where everything was when the graphs were captured
+        self._failed: str | None = None
+        self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        reason = self.refusal()
+        self.said = "on" if reason is None else f"off: {reason}"
+
+    # ---------------------------------------------------------------- whether
+    def refusal(self) -> str | None:
+        """Why nothing can be captured for this model and these settings; None: it can."""
+        config, shape = self.cache.config, self.cache.adapter.kv_shape()
+        if config.graphs == "off":
+            return "graphs='off'"
+        if self.capture and shape.device.type != "cuda":
+            return shape.device.type
+        if config.attention == "sdpa":
+            return "attention='sdpa'"
+        if self.capture and config.attention == "auto" and shape.dtype == torch.float32:
+            return "float32"  # attention="auto" does not read such a memory in place
+        try:
+            self.cache.adapter.decoder_layers()
+        except ModelError as error:
+            return str(error)
+        return None
+
+    def can_answer(self, kinds: Sequence[Kind], max_new_tokens: int) -> bool:
+        """Whether these passes over a question, and its answer, can be replayed now; captures what is missing.
+
+        Between questions only: capturing writes slots behind the memory's end. Sets `said`.
+        """
+        longest = max(num_tokens for num_tokens, _ in kinds)
+        reason = self.refusal()
+        if reason is None and longest > BUCKETS[-1]:
+            reason = f"a question of {longest} tokens, more than {BUCKETS[-1]}"
+        config, last_position = self.cache.config, self.cache.num_stream_tokens + longest + max_new_tokens
+        if reason is None and config.positions == "original" and last_position > MOST_ANGLES:
+            reason = "positions='original' of so long a stream"
+        if reason is None and self.capture and torch.cuda.is_current_stream_capturing():
+            reason = "another graph is being captured"
+        if reason is not None:
+            self.said = f"off: {reason}"
+            return False
+        self.cache.memory.reserve(BUCKETS[-1] + max_new_tokens)
+        try:
+            self._find(max_new_tokens)
+            if self._failed is None:
+                for num_tokens, retrieve in kinds:
+                    self._capture((bucket_of(num_tokens), retrieve))
+                self._capture(TOKEN)
+        except Exception as error:
+            if config.graphs == "on":
+                raise
+            self._graphs.clear()
+            self._failed = f"{type(error).__name__}: {error}".split("\n")[0]
+        self.said = "on" if self._failed is None else f"failed: {self._failed}"
+        return self._failed is None
+
+    def warmup(self, retrieve: Sequence[bool], max_new_tokens: int) -> bool:
+        """Captures all graphs of these kinds; tries again after a failure."""
+        self._moved = ()
+        return self.can_answer([(bucket, each) for bucket in BUCKETS for each in retrieve], max_new_tokens)
+
+    # ---------------------------------------------------------------- passes
+    def send(self, num_tokens: int, start: int, first_position: int) -> None:
+        """Says where a question of `num_tokens` starts: its slot, and its position in the stream."""
+        assert self.buffers is not None
+        memory, retrieval, rows = self.cache.memory, self.cache.retrieval, bucket_of(num_tokens)
+        packed = self.cache.config.positions == "packed"
+        choice = Choice(memory.video_start // memory.block_size, 0, 0)
+        if retrieval.is_needed(memory):
+            choice = Choice(choice.first, retrieval.num_candidates(memory), retrieval.num_selected(memory))
+        keys = start - (choice.candidates - choice.selected) * memory.block_size
+        position = keys if packed else first_position
+        place = Place(start, keys + rows, position, num_tokens)
+        step = Place(start + num_tokens, keys + num_tokens + 1, position + num_tokens, 1)
+        self.buffers.send(place, step, choice)
+
+    def read_question(self, embeds: Tensor, start: int, first_position: int, *, retrieve: bool) -> None:
+        """Reads embeddings `[num_tokens, hidden]`; `logits` are then those of what follows."""
+        assert self.buffers is not None
+        num_tokens = embeds.shape[0]
+        self.send(num_tokens, start, first_position)
+        self.buffers.embeds[:num_tokens].copy_(embeds)
+        self._run((bucket_of(num_tokens), retrieve))
+
+    def read_token(self) -> None:
+        """Reads `token`."""
+        self._run(TOKEN)
+
+    def _run(self, kind: Kind) -> None:
+        if self.capture:
+            self._graphs[kind].replay()
+        else:
+            self._pass(kind)()
+
+    def _pass(self, kind: Kind) -> Callable[[], None]:
+        decoder, (rows, retrieve) = self._decoder, kind
+        assert decoder is not None
+        return decoder.read_token if kind == TOKEN else lambda: decoder.read_question(rows, retrieve=retrieve)
+
+    # ---------------------------------------------------------------- capturing
+    def _find(self, max_new_tokens: int) -> None:
+        """Makes buffers and forgets all graphs, if anything they refer to has moved."""
+        cache = self.cache
+        adapter, memory, shape = cache.adapter, cache.memory, cache.memory.shape
+        if cache.config.positions == "packed":
+            num_positions = memory.num_slots
+        else:
+            num_positions = min(cache.num_stream_tokens + BUCKETS[-1] + max_new_tokens, MOST_ANGLES)
+        angles = cache.rope.table(num_positions, shape.dtype, shape.device)
+        layers = adapter.decoder_layers()
+        held = [memory.k, memory.v, memory.position, angles, adapter.model.lm_head.weight]
+        held += [adapter.language_model.get_input_embeddings().weight]
+        held += [weight for layer in (layers[0], layers[-1]) for weight in layer.parameters()]
+        if cache.config.retrieval != "none":
+            held.append(cache.retrieval.buffer(memory))
+        moved = tuple((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held)
+        if moved == self._moved:
+            return
+        self._graphs.clear()
+        self._failed, self._pool = None, torch.cuda.graph_pool_handle() if self.capture else None
+        hidden, vocab_size = adapter.language_model.config.hidden_size, adapter.model.lm_head.weight.shape[0]
+        with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
+            self.buffers = Buffers(shape, memory.num_slots // memory.block_size, hidden, vocab_size)
+        backend = "auto" if cache.config.attention == "auto" else cache.config.attention
+        self._decoder = Decoder(adapter, layers, memory, cache.retrieval, cache.config, self.buffers, angles, backend)
+        self._moved = moved
+
+    def _capture(self, kind: Kind) -> None:
+        if not self.capture or kind in self._graphs:
+            return
+        run, device = self._pass(kind), self.cache.memory.shape.device
+        with _CAPTURING, torch.cuda.device(device):
+            # Numbers that any memory allows. What is written lies behind its end.
+            self.send(kind[0], self.cache.memory.end, 0)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles kernels, and lets libraries set themselves up
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on using the GPU.
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                run()
+            self._graphs[kind] = graph
+
+
+def bucket_of(num_tokens: int) -> int:
+    return next(bucket for bucket in BUCKETS if num_tokens <= bucket)
