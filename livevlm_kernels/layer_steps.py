@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decoder layer does between its matrix products, over buffers whose addresses never change.
 
-No public ops: parts of a forward pass that is captured into a CUDA graph. What varies from replay to replay is read from
-the device: `place` is int32 `[4]`, the first slot that the pass writes, the keys that it attends to, the position of its
-first token, and how many of its rows are tokens (the rest are padding).
+No public ops: parts of a forward pass that is captured into a CUDA graph. What varies from replay to replay is read
+from the device: `place` is int32 `[4]`, the first slot that the pass writes, the number of keys that it attends to, the
+position of its first token, and how many of its rows are tokens (the rest are padding).
 
 Each function runs as one Triton kernel on a GPU. The eager code here is its definition: it rounds where the modules of
 transformers round, and works wherever Triton does not.

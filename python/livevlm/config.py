@@ -63,8 +63,8 @@ class Config:
             than 64 and 128: for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").
             "cuda", "triton", "cpu", "reference": in place, by that backend.
         graphs: "auto": `Stream.ask` replays CUDA graphs where it can: 16-bit Qwen2 models on a GPU, questions of up to
-            256 tokens; `stats().graphs` says what happened. "on": an error where model, device or settings do not allow it,
-            or capturing fails. "off": never.
+            256 tokens; `stats().graphs` says what happened. "on": an error where model, device or settings do not
+            allow it, or capturing fails. "off": never.
         max_new_tokens: longest answer, 128 (ours).
     """
 

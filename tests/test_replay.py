@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes over static buffers compute what the stock model computes. Here they run as they are; on a GPU, as graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import livevlm
+from livevlm import Config, LiveCache, Stream
+from livevlm.buffers import BUCKETS
+from livevlm.decoding import choose_blocks, next_logits
+from livevlm.errors import ConfigError
+from livevlm.replay import Replay
+from livevlm.synthetic import generate
+from streams import PROMPT, pixels, times, tiny_random
+
+SETTINGS = {
+    "everything": {"retrieval": "none"},
+    "blocks": {"retrieval": "mean_key", "block_size": 8},
+    "softmax": {"retrieval": "mean_key", "block_size": 8, "pooling": "softmax", "retrieval_ratio": 0.3},
+    "frames": {"retrieval": "frame", "num_retrieved_frames": 5},
+}
+TOKENS = (11, 30, 12)  # an answer
+
+
+def filled(**settings: object) -> LiveCache:
+    cache = LiveCache(tiny_random(), Config(**{"policy": "full", **settings}))
+    cache.replay = Replay(cache, capture=False)
+    cache.prefill_prompt(PROMPT)
+    cache.push(pixels(17), times(17))
+    return cache
+
+
+def embeds_of(cache: LiveCache, count: int, seed: int = 0) -> torch.Tensor:
+    ids = torch.randint(90, (count - 1,), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return cache.adapter.embed_question(ids)
+
+
+def eager(cache: LiveCache, embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """Logits of each pass, blocks of each layer, keys of question and answer."""
+    with cache.question() as turn, torch.no_grad():
+        logits = [next_logits(cache, embeds)]
+        for token in TOKENS:
+            logits.append(next_logits(cache, cache.adapter.embed_tokens(torch.tensor([token]))))
+        memory = cache.memory
+        return logits, list(turn.blocks.values()), memory.k[:, memory.video_end : memory.end].clone()
+
+
+def replayed(cache: LiveCache, embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    replay, memory, count = cache.replay, cache.memory, embeds.shape[0]
+    retrieve = cache.config.retrieval != "none"
+    assert replay.can_answer([(count, retrieve)], len(TOKENS))
+    buffers, start = replay.buffers, memory.end
+    assert buffers is not None
+    buffers.embeds.normal_()  # what an earlier question left in the rows behind this one
+    if retrieve:
+        cache.retrieval.summaries(memory)
+    with cache.question():
+        memory.begin(BUCKETS[-1] + len(TOKENS), cache.num_stream_tokens)
+        replay.read_question(embeds, start, cache.num_stream_tokens, retrieve=retrieve)
+        logits = [buffers.logits.clone()]
+        for token in TOKENS:
+            buffers.token.fill_(token)
+            replay.read_token()
+            logits.append(buffers.logits.clone())
+        first, count = memory.video_start // memory.block_size, cache.retrieval.num_selected(memory)
+        blocks = list(buffers.table[:, first : first + count] - first)
+        return logits, blocks, memory.k[:, start : start + embeds.shape[0] + len(TOKENS)].clone()
+
+
+@pytest.mark.parametrize("positions", ["packed", "original"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_same_logits_and_blocks(name: str, positions: str) -> None:
+    """Lengths around the buckets; before the memory needs retrieval, when it does, and after it has grown."""
+    cache = filled(positions=positions, **SETTINGS[name])
+    for num_frames, lengths in ((0, (2, 16)), (20, (15, 17, 32)), (120, (33,))):
+        if num_frames:
+            cache.push(pixels(num_frames, seed=num_frames), times(num_frames, 200 + num_frames))
+        for length in lengths:
+            embeds = embeds_of(cache, length)
+            before = cache.memory.k[:, : cache.memory.video_end].clone()
+            for got, expected in zip(replayed(cache, embeds), eager(cache, embeds), strict=True):
+                for a, b in zip(got, expected, strict=not isinstance(got, list) or bool(expected)):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert torch.equal(cache.memory.k[:, : cache.memory.video_end], before)
+    assert (name == "everything") != cache.retrieval.is_needed(cache.memory)
+
+
+def test_only_the_tokens_of_the_question_choose_blocks() -> None:
+    """Whatever stands in the padding."""
+    cache = filled(**SETTINGS["blocks"])
+    embeds = embeds_of(cache, 5)
+    (first, *_), blocks, _ = replayed(cache, embeds)
+    for _ in range(3):
+        (again, *_), same, _ = replayed(cache, embeds)
+        assert torch.equal(first, again) and all(torch.equal(a, b) for a, b in zip(blocks, same, strict=True))
+
+
+# -------------------------------------------------------------------- answers
+@pytest.fixture(scope="module")
+def tiny() -> livevlm.Checkpoint:
+    return livevlm.load("tiny", device="cpu", dtype=torch.float32)
+
+
+def pair(tiny: livevlm.Checkpoint, config: Config, frames: torch.Tensor) -> Iterator[Stream]:
+    """A stream on the stock model, and one on static buffers."""
+    for replays in (False, True):
+        stream = Stream(tiny.model, tiny.processor, config)
+        if replays:
+            stream.cache.replay = Replay(stream.cache, capture=False)
+        stream.push(frames)
+        yield stream
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"retrieval": "mean_key", "pooling": "softmax"}, {"retrieval": "frame", "num_retrieved_frames": 8}],
+    ids=lambda s: s.get("retrieval", "none"),
+)
+@pytest.mark.parametrize("retrieval_pass", ["inline", "two_pass"])
+def test_same_answers_and_evidence(tiny: livevlm.Checkpoint, settings: dict, retrieval_pass: str) -> None:
+    config = dataclasses.replace(tiny.config, policy="full", retrieval_pass=retrieval_pass, **settings)
+    (video,) = generate(32, seed=11)
+    stock, ours = pair(tiny, config, video.frames)
+    for question in video.questions(6, seed=1):
+        for options in ({}, {"temperature": 1.5, "top_p": 0.9, "seed": 3, "max_new_tokens": 6}):
+            expected, got = stock.ask(question.text, **options), ours.ask(question.text, **options)
+            assert got == expected and got.num_tokens == expected.num_tokens
+            assert [e.frame for e in got.evidence][:1] == [e.frame for e in expected.evidence][:1]
+            weights = [e.weight for e in expected.evidence]
+            assert [e.weight for e in got.evidence] == pytest.approx(weights, abs=1e-3)
+    assert (stock.stats().graphs, ours.stats().graphs) == ("off: cpu", "on")
+
+
+def test_an_answer_ends_where_it_should(tiny: livevlm.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    (video,) = generate(16, seed=12)
+    stock, ours = pair(tiny, tiny.config, video.frames)
+    for stream in (stock, ours):
+        monkeypatch.setattr(stream, "_stop", frozenset())
+    for count in (1, 2, 5):
+        answers = [s.ask("what colour was the star ?", max_new_tokens=count) for s in (stock, ours)]
+        assert answers[0] == answers[1] and answers[0].num_tokens == answers[1].num_tokens == count
+
+
+@pytest.mark.parametrize("leave", ["close", "interrupt"])
+def test_an_answer_that_is_left_changes_nothing(
+    tiny: livevlm.Checkpoint, leave: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (video,) = generate(16, seed=13)
+    _, stream = pair(tiny, tiny.config, video.frames)
+    memory, question = stream.cache.memory, video.questions(1, seed=1)[0].text
+    expected = stream.ask(question)
+    before = [t[:, : memory.video_end].clone() for t in memory.tensors]
+    if leave == "close":
+        monkeypatch.setattr(stream, "_stop", frozenset())
+        pieces = stream.ask(question, stream=True, max_new_tokens=8)
+        next(pieces)
+        pieces.close()
+        monkeypatch.undo()
+    else:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Replay, "read_token", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            stream.ask(question)
+    assert all(torch.equal(t[:, : memory.video_end], b) for t, b in zip(memory.tensors, before, strict=True))
+    assert stream.ask(question) == expected
+    stream.push(video.frames[:2])
+
+
+def test_a_question_longer_than_the_largest_bucket(tiny: livevlm.Checkpoint) -> None:
+    (video,) = generate(16, seed=14)
+    stock, ours = pair(tiny, tiny.config, video.frames)
+    long = "what colour was the star ? " * 60
+    assert ours.ask(long, max_new_tokens=2) == stock.ask(long, max_new_tokens=2)
+    assert ours.stats().graphs.startswith("off: a question of ")
+    short = video.questions(1, seed=1)[0].text
+    assert ours.ask(short) == stock.ask(short) and ours.stats().graphs == "on"
+
+
+# -------------------------------------------------------------------- whether
+def test_where_graphs_are_not_possible(tiny: livevlm.Checkpoint) -> None:
+    with pytest.raises(ConfigError, match="graphs='on' is not possible here: cpu; allowed: 'auto', 'off'"):
+        LiveCache(tiny_random(), Config(graphs="on"))
+    with pytest.raises(ConfigError, match="graphs='yes' is unknown"):
+        Config(graphs="yes")  # type: ignore[arg-type]
+    assert Replay(filled(graphs="off"), capture=False).said == "off: graphs='off'"
+    assert Replay(filled(attention="sdpa"), capture=False).said == "off: attention='sdpa'"
+    cache = filled()
+    handle = cache.adapter.language_model.layers[1].mlp.register_forward_hook(lambda *args: None)
+    assert Replay(cache, capture=False).said == "off: a Qwen2MLP has hooks"
+    handle.remove()
+    assert Replay(cache, capture=False).said == "on"
+
+
+def test_a_failure_to_capture_is_told(tiny: livevlm.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    (video,) = generate(16, seed=15)
+    stock, ours = pair(tiny, tiny.config, video.frames)
+
+    def fail(self: Replay, *args: object) -> None:
+        raise RuntimeError("no graph today")
+
+    monkeypatch.setattr(Replay, "_capture", fail)
+    for question in video.questions(2, seed=1):
+        assert ours.ask(question.text) == stock.ask(question.text)
+        assert ours.stats().graphs == "failed: RuntimeError: no graph today"
+    monkeypatch.undo()
+    ours.warmup()
+    assert ours.stats().graphs == "on"
+
+
+# -------------------------------------------------------------------- two passes
+def test_two_passes_choose_by_the_text_alone() -> None:
+    """The blocks are those that the text's own queries choose, and the question's tokens then attend to these."""
+    cache = filled(retrieval_pass="two_pass", **SETTINGS["blocks"])
+    text, embeds = embeds_of(cache, 6, seed=1)[1:], embeds_of(cache, 12)
+    alone = eager(cache, text)[1]
+    with cache.question() as turn:
+        choose_blocks(cache, text)
+        assert cache.memory.num_new_tokens == 0
+        next_logits(cache, embeds)
+        blocks = list(turn.blocks.values())
+    assert all(torch.equal(a, b) for a, b in zip(alone, blocks, strict=True))
+    inline = eager(cache, embeds)[1]
+    assert not all(torch.equal(a, b) for a, b in zip(inline, blocks, strict=True))

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the Triton kernels of `layer_steps` for the GPUs we support."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+import kit
+from test_triton_compile import cache, compile_kernel  # noqa: F401
+
+pytestmark = pytest.mark.skipif(kit.INTERPRETED, reason="interpreted kernels are not compiled")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_layer_steps(dtype: str, arch: int) -> None:
+    from livevlm_kernels.triton import layer_steps as module
+
+    names = ("x", "delta", "weight", "total", "out", "gate", "up", "q", "k", "v", "k_slots", "v_slots", "last_q")
+    arguments = {
+        **dict.fromkeys(names, f"*{dtype}!"),
+        **dict.fromkeys(("place", "selected", "choice", "table"), "*i32"),
+        **dict.fromkeys(("hidden", "numel", "q_width", "kv_width"), "i32!"),
+        **{"most": "i32", "num_blocks": "i32", "eps": "fp32", "HAS_DELTA": True, "HAS_LAST": True},
+    }
+    for kernel, tile, num_warps in (
+        (module.add_rms_norm_kernel, 4096, 16),
+        (module.silu_mul_kernel, module.TILE, 4),
+        (module.store_tokens_kernel, module.TILE, 4),
+        (module.fill_table_kernel, module.TILE, 4),
+    ):
+        compiled = compile_kernel(kernel, arch, num_warps, **arguments, TILE=tile)
+        assert kernel is module.fill_table_kernel or "ld.global.v" in compiled.asm["ptx"]
