@@ -36,8 +36,8 @@ def answer_tokens(
     """Token ids of the answer, one by one, up to a stop token. The turn then holds what its evidence follows from."""
     cache.require_same_model()
     with torch.no_grad():
-        embeds = cache.adapter.embed_question(question.token_ids)
-        text = cache.adapter.embed_tokens(question.text_ids) if needs_two_passes(cache) else None
+        embeds = cache.adapter.embed_question(_sent(question.token_ids, cache))
+        text = cache.adapter.embed_tokens(_sent(question.text_ids, cache)) if needs_two_passes(cache) else None
     sampler = Sampler(options, embeds.device)
     kinds: list[Kind] = [(embeds.shape[0], retrieves_inline(cache))]
     if text is not None:
@@ -45,6 +45,12 @@ def answer_tokens(
     if cache.replay.can_answer(kinds, options.max_new_tokens):
         return _replayed(cache, turn, embeds, text, sampler, options.max_new_tokens, stop)
     return _eager(cache, turn, embeds, text, sampler, options.max_new_tokens, stop)
+
+
+def _sent(token_ids: Tensor, cache: LiveCache) -> Tensor:
+    """On the model's device; nothing waits for it."""
+    device = cache.memory.shape.device
+    return token_ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else token_ids
 
 
 def needs_two_passes(cache: LiveCache) -> bool:
@@ -119,7 +125,7 @@ def _replayed(
     stop: Collection[int],
 ) -> Iterator[int]:
     """The next token is computed while the newest one is on its way to the host; one too many is forgotten."""
-    replay, memory, config, want_mass = cache.replay, cache.memory, cache.config, turn.want_mass
+    replay, memory, want_mass = cache.replay, cache.memory, turn.want_mass
     buffers, start, position = replay.buffers, memory.end, cache.num_stream_tokens
     assert buffers is not None
     turn.want_mass = False
@@ -128,7 +134,7 @@ def _replayed(
     memory.begin(BUCKETS[-1] + max_new_tokens, position)
     if text is not None:
         replay.read_question(text, start, position, retrieve=True)
-    elif config.retrieval_pass == "two_pass":
+    elif cache.config.retrieval_pass == "two_pass":
         buffers.read_everything()
     replay.read_question(embeds, start, position, retrieve=retrieves_inline(cache))
     to_host = _ToHost(embeds.device)

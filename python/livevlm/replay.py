@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 Kind = tuple[int, bool]  # rows of a pass, and whether they choose the blocks that are attended to
 TOKEN: Kind = (1, False)
 
-_CAPTURING = threading.Lock()  # one capture at a time, whatever stream it is for
+_CAPTURING = threading.Lock()  # one capture at a time
+_SIDE: dict[torch.device, torch.cuda.Stream] = {}  # where captures run; one, for cuBLAS keeps a workspace a stream
 
 
 class Replay:
@@ -177,7 +178,7 @@ class Replay:
         with _CAPTURING, torch.cuda.device(device):
             # Numbers that any memory allows. What is written lies behind its end.
             self.send(kind[0], self.cache.memory.end, 0)
-            side = torch.cuda.Stream()
+            side = _SIDE.setdefault(device, torch.cuda.Stream(device))
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels, and lets libraries set themselves up
                 run()
