@@ -193,7 +193,21 @@ def test_where_graphs_are_not_possible(tiny: livevlm.Checkpoint) -> None:
     handle = cache.adapter.language_model.layers[1].mlp.register_forward_hook(lambda *args: None)
     assert Replay(cache, capture=False).said == "off: a Qwen2MLP has hooks"
     handle.remove()
-    assert Replay(cache, capture=False).said == "on"
+    replay, kinds = Replay(cache, capture=False), [(3, False)]
+    assert replay.said == "on" and replay.can_answer(kinds, 1)
+    decoder = replay._decoder
+    assert replay.can_answer(kinds, 1) and replay._decoder is decoder
+    handle = cache.adapter.language_model.layers[2].register_forward_pre_hook(lambda *args: None)
+    assert not replay.can_answer(kinds, 1) and replay.said == "off: a Qwen2DecoderLayer has hooks"
+    handle.remove()
+    weight = cache.adapter.language_model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data.clone()
+    assert replay.can_answer(kinds, 1) and replay._decoder is not decoder, "a weight has moved"
+    decoder = replay._decoder
+    cache.adapter.language_model.layers[1].mlp.up_proj = torch.nn.Sequential(
+        cache.adapter.language_model.layers[1].mlp.up_proj
+    )
+    assert replay.can_answer(kinds, 1) and replay._decoder is not decoder, "a module was exchanged"
 
 
 def test_a_failure_to_capture_is_told(tiny: livevlm.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

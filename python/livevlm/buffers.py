@@ -67,7 +67,7 @@ class Buffers:
         self._sent.copy_(torch.tensor(numbers, dtype=torch.int32))
         self.facts.copy_(self._sent, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.facts.device))
 
     def read_everything(self) -> None:
         """Every layer attends to all blocks."""

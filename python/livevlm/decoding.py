@@ -166,7 +166,7 @@ class _ToHost:
         at = self._sent % NUM_IN_FLIGHT
         self._ids[at : at + 1].copy_(token, non_blocking=True)
         if self._events is not None:
-            self._events[at].record()
+            self._events[at].record(torch.cuda.current_stream(token.device))
         self._sent += 1
 
     def receive(self) -> int:

@@ -18,6 +18,7 @@ from livevlm.attention import MOST_ANGLES
 from livevlm.buffers import BUCKETS, Buffers, Choice, Place
 from livevlm.decoder import Decoder
 from livevlm.errors import ModelError
+from livevlm.layers import Layers
 
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
@@ -43,6 +44,7 @@ class Replay:
         self.cache, self.capture = cache, capture
         self.buffers: Buffers | None = None
         self._decoder: Decoder | None = None
+        self._layers: Layers | None = None
         self._moved: tuple[Any, ...] = ()  # where everything was when the graphs were captured
         self._failed: str | None = None
         self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
@@ -60,12 +62,13 @@ class Replay:
             return shape.device.type
         if config.attention == "sdpa":
             return "attention='sdpa'"
-        if self.capture and config.attention == "auto" and shape.dtype == torch.float32:
-            return "float32"  # attention="auto" does not read such a memory in place
-        try:
-            self.cache.adapter.decoder_layers()
-        except ModelError as error:
-            return str(error)
+        if self.capture and config.attention == "auto" and shape.dtype.itemsize > 2:
+            return str(shape.dtype).removeprefix("torch.")  # attention="auto" does not read such a memory in place
+        if self._layers is None or not self._layers.unchanged():
+            try:
+                self._layers = Layers(self.cache.adapter)
+            except ModelError as error:
+                return str(error)
         return None
 
     def can_answer(self, kinds: Sequence[Kind], max_new_tokens: int) -> bool:
@@ -153,13 +156,11 @@ class Replay:
         else:
             num_positions = min(cache.num_stream_tokens + BUCKETS[-1] + max_new_tokens, MOST_ANGLES)
         angles = cache.rope.table(num_positions, shape.dtype, shape.device)
-        layers = adapter.decoder_layers()
-        held = [memory.k, memory.v, memory.position, angles, adapter.model.lm_head.weight]
-        held += [adapter.language_model.get_input_embeddings().weight]
-        held += [weight for layer in (layers[0], layers[-1]) for weight in layer.parameters()]
+        assert self._layers is not None
+        held = [memory.k, memory.v, memory.position, angles]
         if cache.config.retrieval != "none":
             held.append(cache.retrieval.buffer(memory))
-        moved = tuple((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held)
+        moved = (self._layers, *((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held))
         if moved == self._moved:
             return
         self._graphs.clear()
@@ -168,7 +169,9 @@ class Replay:
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
             self.buffers = Buffers(shape, memory.num_slots // memory.block_size, hidden, vocab_size)
         backend = "auto" if cache.config.attention == "auto" else cache.config.attention
-        self._decoder = Decoder(adapter, layers, memory, cache.retrieval, cache.config, self.buffers, angles, backend)
+        self._decoder = Decoder(
+            adapter, self._layers.all, memory, cache.retrieval, cache.config, self.buffers, angles, backend
+        )
         self._moved = moved
 
     def _capture(self, kind: Kind) -> None:

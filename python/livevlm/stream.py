@@ -156,18 +156,19 @@ class Stream:
         """
         options.setdefault("max_new_tokens", self.config.max_new_tokens)
         decoding = Decoding(**options)
+        start = clock.perf_counter()
         _, token_ids = self.processor.prompt(question)
         self.cache.require_askable()
-        answer = self._answer(question, token_ids, decoding)
+        answer = self._answer(question, token_ids, decoding, clock.perf_counter() - start)
         if stream:
             return _pieces(answer)
         *_, whole = answer
         assert isinstance(whole, Answer)
         return whole
 
-    def _answer(self, question: str, token_ids: Tensor, options: Decoding) -> Generator[str, None, None]:
-        """Yields new pieces of text, then the Answer. Ends the question however it is left."""
-        cache, tokenizer, start = self.cache, self.processor.tokenizer, clock.perf_counter()
+    def _answer(self, question: str, token_ids: Tensor, options: Decoding, spent: float) -> Generator[str, None, None]:
+        """Yields new pieces of text, then the Answer. Ends the question however it is left. `spent`: seconds so far."""
+        cache, tokenizer, start = self.cache, self.processor.tokenizer, clock.perf_counter() - spent
         turn = cache.begin_question(want_mass=options.num_evidence > 0)
         try:
             asked = Question(token_ids, self.processor.text(question))
@@ -197,9 +198,9 @@ class Stream:
     def warmup(self, *, max_new_tokens: int | None = None) -> None:
         """Captures CUDA graphs for questions of all lengths, so that the first ones are answered as fast as later ones.
 
-        Graphs are captured anew when they must be, which the next question then waits for: after memory has grown
-        (policy "full", or an answer longer than there was room for), and after other weights were loaded. Layers'
-        weights that were exchanged one by one need this call; what `stats().graphs` says tells how it went.
+        They are captured anew when they must be, which the next question then waits for: after the memory has grown
+        (policy "full", or an answer longer than there was room for), and after weights or modules were exchanged.
+        `stats().graphs` says how it went.
 
         Raises:
             StateError: no frame has been pushed, or an answer is being generated.
