@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from livevlm.errors import ModelError
 from livevlm.models import LlavaOnevisionAdapter
 
 
@@ -17,7 +18,8 @@ class Layers:
         all: the layers, first to last.
 
     Raises:
-        ModelError: see `decoder_layers` of the adapter.
+        ModelError: the adapter knows no such layers, or hooks (or a method put in the place of `forward`) watch over a
+            module: captured passes would not call them.
     """
 
     def __init__(self, adapter: LlavaOnevisionAdapter) -> None:
@@ -28,15 +30,17 @@ class Layers:
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._weights = [(m._parameters, name) for m in modules for name, w in m._parameters.items() if w is not None]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._methods = [m.__dict__ for m in modules]
-        self._seen = self._state()
+        self._own = [m.__dict__ for m in modules]
+        for module in modules:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                raise ModelError(f"a {type(module).__name__} has hooks")
+        self._addresses = self._where()
 
-    def _state(self) -> tuple[list[int], list[int]]:
-        # Where weights are, and how much watches over the modules.
-        watched = [len(hooks) for hooks in self._hooks] + ["forward" in own for own in self._methods]
-        return [weights[name].data_ptr() for weights, name in self._weights], watched
+    def _where(self) -> list[int]:
+        return [weights[name].data_ptr() for weights, name in self._weights]
 
     def unchanged(self) -> bool:
-        """Whether modules, weights' addresses and hooks are what they were; some microseconds a layer."""
+        """Whether modules and weights' addresses are what they were, without hooks; some microseconds a layer."""
         same = all(children.get(name) is child for children, name, child in self._children)
-        return same and self._state() == self._seen
+        hooked = any(self._hooks) or any("forward" in own for own in self._own)
+        return same and not hooked and self._where() == self._addresses
