@@ -78,7 +78,8 @@ class LiveCache(Cache):
         model.generate(input_ids=question[None], past_key_values=cache, max_new_tokens=64)
 
     or, frame by frame, `prefill_prompt` once, then `push` at any time and `generate` with questions. A prompt with a
-    video is taken by an empty cache only. `livevlm.Stream` does all this for you.
+    video is taken by an empty cache only. `generate` runs transformers' own loop; `livevlm.Stream` does all this for
+    you, and answers by CUDA graphs.
 
     Args:
         model: a supported transformers model; its `generate` and its language model's `forward` are
