@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -224,6 +225,25 @@ def test_a_failure_to_capture_is_told(tiny: livevlm.Checkpoint, monkeypatch: pyt
     monkeypatch.undo()
     ours.warmup()
     assert ours.stats().graphs == "on"
+
+
+def test_a_reset_forgets_all_that_was_captured(tiny: livevlm.Checkpoint) -> None:
+    videos = generate(16, seed=16, num_videos=2)
+    _, stream = pair(tiny, tiny.config, videos[0].frames)
+    question = videos[1].questions(1, seed=1)[0].text
+    stream.ask(question)
+    memory = weakref.ref(stream.cache.memory)
+    stream.cache.reset()
+    assert memory() is None, "nothing holds on to the old memory"
+    fresh = Stream(tiny.model, tiny.processor, tiny.config)
+    for each in (stream.cache, fresh.cache):
+        each.prefill_prompt(tiny.processor.prompt("?")[0])
+        each.push(pixels_of(tiny, videos[1].frames), times(16))
+    assert stream.ask(question) == fresh.ask(question)
+
+
+def pixels_of(tiny: livevlm.Checkpoint, frames: torch.Tensor) -> torch.Tensor:
+    return tiny.processor.pixels(frames, tiny.model.config.vision_config.image_size)
 
 
 # -------------------------------------------------------------------- two passes

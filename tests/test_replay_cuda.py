@@ -49,7 +49,7 @@ def test_same_answers_with_and_without(name: str, dtype: torch.dtype) -> None:
     checkpoint = livevlm.load("tiny", device="cuda", dtype=dtype)
     config = dataclasses.replace(checkpoint.config, attention="cuda", policy="full", **SETTINGS[name])
     same = asked = 0
-    for video in generate(48, seed=300, num_videos=4):
+    for video in generate(48, seed=300, num_videos=2):
         ours, eager = (watching(checkpoint, video, **vars(config) | {"graphs": way}) for way in ("on", "off"))
         for question in video.questions(12, seed=1):
             got, expected = ours.ask(question.text), eager.ask(question.text)

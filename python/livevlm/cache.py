@@ -328,6 +328,7 @@ class LiveCache(Cache):
         self.num_frames = 0
         self.prompt = None
         self.retrieval.memory_changed()
+        self.replay.forget()
         self._new_memory()
 
     def crop(self, *args: Any, **kwargs: Any) -> None:

@@ -103,9 +103,15 @@ class Replay:
         self.said = "on" if self._failed is None else f"failed: {self._failed}"
         return self._failed is None
 
+    def forget(self) -> None:
+        """Drops graphs and buffers, and with them the memory that they were captured for."""
+        self._graphs.clear()
+        self.buffers = self._decoder = self._layers = self._pool = None
+        self._moved = ()
+
     def warmup(self, retrieve: Sequence[bool], max_new_tokens: int) -> bool:
         """Captures all graphs of these kinds; tries again after a failure."""
-        self._moved = ()
+        self.forget()
         return self.can_answer([(bucket, each) for bucket in BUCKETS for each in retrieve], max_new_tokens)
 
     # ---------------------------------------------------------------- passes
