@@ -17,6 +17,7 @@ from livevlm.attention import Read, Turn
 from livevlm.config import Config
 from livevlm.errors import ConfigError, FrameError, QuestionError, StateError
 from livevlm.generate import checked_generate
+from livevlm.ingest import ClipReader
 from livevlm.memory import Memory
 from livevlm.models import adapter_for
 from livevlm.policies import QueryWindow, policy_for
@@ -95,6 +96,8 @@ class LiveCache(Cache):
     def __init__(self, model: nn.Module, config: Config | None = None) -> None:
         self.config = config or Config()
         self.adapter = adapter_for(model)
+        if self.config.compile:
+            self.adapter.compile_vision()
         shape = self.adapter.kv_shape()
         if shape.dtype not in FLOATS and self.config.policy != "full":
             allowed = "float32, float16 or bfloat16"
@@ -114,7 +117,9 @@ class LiveCache(Cache):
         self.read: Read | None = None
         self._turn: Turn | None = None
         self._doing: Literal["read", "answer"] | None = None
+        self._facts: Tensor | None = None  # of the clip being read
         self.prompt: Tensor | None = None  # token ids read before the video
+        self.clips = ClipReader(self)
         self._new_memory()
         self.replay = Replay(self)
         refusal = self.replay.refusal()
@@ -126,6 +131,7 @@ class LiveCache(Cache):
         shape = self.adapter.kv_shape()
         room = self.config.clip_frames * self.adapter.tokens_per_frame
         bound = room if self.policy.unbounded else self.budget + room
+        self.clips.forget()
         self.memory = Memory(shape, self.retrieval.block_size, bound + 512)  # 512: prompt and question
         self.queries = QueryWindow(shape, self.policy.num_queries)
 
@@ -146,7 +152,7 @@ class LiveCache(Cache):
         start = self.memory.end
         try:
             first_position = self.num_stream_tokens + self.memory.num_new_tokens
-            where = self.memory.begin(tokens.shape[1], first_position)
+            where = self.memory.begin(tokens.shape[1], first_position if self._facts is None else self._facts[0])
             self.read = Read(
                 self.memory,
                 self.rope,
@@ -222,36 +228,55 @@ class LiveCache(Cache):
             )
         if not bool(torch.isfinite(pixel_values).all()):
             raise FrameError("pixel_values holds NaN or infinite values; allowed: finite ones")
-        times = torch.as_tensor(times, dtype=torch.float64)
+        times = torch.as_tensor(times, dtype=torch.float64).cpu()
         if tuple(times.shape) != (pixel_values.shape[0],) or not bool(torch.isfinite(times).all()):
             raise FrameError(f"times must be {pixel_values.shape[0]} finite seconds, one for each frame")
+        self.push_unchecked(pixel_values, times)
+
+    @torch.no_grad()
+    def push_unchecked(
+        self, frames: Tensor, times: Tensor, normalise: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """`push` without its look at every value, for which the host would wait.
+
+        Args:
+            frames: what `push` takes, or what `normalise` makes that from: pixels as bytes, which cannot be NaN.
+            times: float64 on the CPU.
+        """
         clip = self.config.clip_frames
         with self._exclusively():
-            for start in range(0, pixel_values.shape[0], clip):
-                self._push_clip(pixel_values[start : start + clip], times[start : start + clip])
+            for start in range(0, frames.shape[0], clip):
+                part = frames[start : start + clip].to(self.memory.shape.device)
+                self.clips.read(part, times[start : start + clip], normalise)
+                self.retrieval.memory_changed()
+                self.num_frames += part.shape[0]
 
-    def _push_clip(self, pixel_values: Tensor, times: Tensor) -> None:
-        memory, per_frame = self.memory, self.adapter.tokens_per_frame
-        num_frames, device = pixel_values.shape[0], self.memory.shape.device
+    def read_clip(self, frames: Tensor, facts: Tensor, normalise: Callable[[Tensor], Tensor] | None) -> None:
+        """One clip from pixels to the compressed memory; `ClipReader` calls this, or replays what it launched.
+
+        What differs between two clips of the same size, once the memory is full, is in `frames` and `facts` alone.
+
+        Args:
+            facts: float64 `[2 + num_frames]` on the device: place of the clip's first token in the stream, index of
+                its first frame, and the time of each frame.
+        """
+        memory, per_frame, device = self.memory, self.adapter.tokens_per_frame, facts.device
+        num_frames = frames.shape[0]
+        self._facts = facts
         try:
-            where = self._forward(self.adapter.embed_frames(pixel_values))
-            frame = torch.arange(self.num_frames, self.num_frames + num_frames, device=device)
-            slot = torch.arange(per_frame, device=device)
-            memory.describe(
-                where,
-                frame.repeat_interleave(per_frame),
-                slot.repeat(num_frames),
-                times.to(device, torch.float64).repeat_interleave(per_frame),
-            )
+            where = self._forward(self.adapter.embed_frames(frames if normalise is None else normalise(frames)))
+            of_each = torch.stack((torch.arange(num_frames, device=device) + facts[1], facts[2:]))
+            frame, time = of_each.repeat_interleave(per_frame, dim=1)
+            memory.describe(where, frame, torch.arange(per_frame, device=device).repeat(num_frames), time)
             self.policy.compress(memory, self.queries, self.rope, where)
         except BaseException:
             memory.rollback()
             self.queries.rollback()
             raise
+        finally:
+            self._facts = None
         memory.commit_video()
         self.queries.commit()
-        self.retrieval.memory_changed()
-        self.num_frames += num_frames
 
     def _forward(self, embeds: Tensor) -> slice:
         start = self.memory.end

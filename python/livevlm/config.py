@@ -65,6 +65,8 @@ class Config:
         graphs: "auto": `Stream.ask` replays CUDA graphs where it can: 16-bit Qwen2 models on a GPU, questions of up to
             256 tokens; `stats().graphs` says what happened. "on": an error where model, device or settings do not
             allow it, or capturing fails. "off": never.
+        compile: run the vision tower through `torch.compile`: faster, but the first clip takes up to a minute longer, and
+            the first clips of one frame and of another size each some seconds; results differ by rounding.
         max_new_tokens: longest answer, 128 (ours).
     """
 
@@ -90,6 +92,7 @@ class Config:
     positions: Positions = "packed"
     attention: Attention = "auto"
     graphs: Graphs = "auto"
+    compile: bool = False
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -121,6 +124,9 @@ class Config:
         for name in ("scatter_ratio", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
+        for name in ("graphs", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 

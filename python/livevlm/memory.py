@@ -13,6 +13,7 @@ leaves everything before `video_end` as it was.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch import Tensor
 from livevlm_kernels import compact_tokens
 
 GROWTH = 256  # slots are added in multiples of this, rounded up to whole blocks
+_VERSIONS = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Memory:
         time: seconds since the start of the stream, float64.
         size: how many tokens are merged into this one, float32.
         damaged: a failure tore the content apart; nothing but a new memory helps.
+        version: another number each time that tensors are allocated, in any memory: who keeps addresses looks here.
     """
 
     def __init__(self, shape: KVShape, block_size: int, num_slots: int) -> None:
@@ -131,6 +134,7 @@ class Memory:
                 for tensor, old in zip(new, self.tensors, strict=True):
                     tensor[:, : self.end] = old[:, : self.end]
         self.k, self.v, self.position, self.frame, self.slot, self.time, self.size = new
+        self.version = next(_VERSIONS)
         self.peak_bytes = max(self.peak_bytes, self.bytes_allocated)
 
     def reserve(self, num_new: int) -> None:
@@ -140,16 +144,14 @@ class Memory:
             self._allocate(max(needed, self.num_slots * 3 // 2))
 
     # ---------------------------------------------------------------- writing
-    def begin(self, num_new: int, first_position: int) -> slice:
+    def begin(self, num_new: int, first_position: int | Tensor) -> slice:
         """Opens slots for `num_new` provisional tokens, whose place in the stream starts at `first_position`.
 
         Every layer then writes its keys and values there.
         """
         self.reserve(num_new)
         where = slice(self.end, self.end + num_new)
-        self.position[:, where] = torch.arange(
-            first_position, first_position + num_new, dtype=torch.int32, device=self.shape.device
-        )
+        self.position[:, where] = torch.arange(num_new, device=self.shape.device) + first_position
         self.end = where.stop
         return where
 
@@ -158,6 +160,11 @@ class Memory:
         if self._moved:  # kept tokens were rewritten for a clip that failed afterwards
             self.damaged = True
         self.end = self.video_end
+
+    def undo_capture(self, video_end: int, end: int) -> None:
+        """Back to these ends after launches were recorded into a CUDA graph: none of them has run."""
+        self.video_end, self.end = video_end, end
+        self._moved = self.damaged = False
 
     def commit_prompt(self) -> None:
         """Turns the provisional tokens into the prompt. The memory must hold nothing else."""

@@ -73,18 +73,25 @@ class Processor:
         return cls(tokenizer, tuple(mean), tuple(std), getattr(processor, "chat_template", None))
 
     def pixels(self, frames: Tensor, image_size: int) -> Tensor:
-        """Frames, uint8 `[num_frames, 3, h, w]`, to normalised `[num_frames, 3, image_size, image_size]`, float32.
+        """Frames, uint8 `[num_frames, 3, h, w]`, to normalised `[num_frames, 3, image_size, image_size]`, float32."""
+        return self.normalised(self.resized(frames, image_size))
 
-        Resizing happens on the device of `frames`: bicubic with antialiasing. On the CPU it is bit-identical to the
-        stock video processor; CUDA has no uint8 resize, so there it runs in float32 and is rounded to whole levels.
+    def resized(self, frames: Tensor, image_size: int) -> Tensor:
+        """Frames of any size to `[num_frames, 3, image_size, image_size]`, uint8, on the device they are on.
+
+        Bicubic with antialiasing. On the CPU it is bit-identical to the stock video processor; CUDA has no uint8
+        resize, so there it runs in float32 and is rounded to whole levels.
         """
         size = (image_size, image_size)
-        if frames.shape[-2:] != size:
-            if frames.device.type == "cpu":
-                frames = F.interpolate(frames, size=size, mode="bicubic", antialias=True)
-            else:
-                resized = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
-                frames = resized.round_().clamp_(0, 255)
+        if frames.shape[-2:] == size:
+            return frames
+        if frames.device.type == "cpu":
+            return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+        resized = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
+        return resized.round_().clamp_(0, 255).to(torch.uint8)
+
+    def normalised(self, frames: Tensor) -> Tensor:
+        """uint8 `[num_frames, 3, h, w]` as the vision tower wants it, float32."""
         if frames.device not in self._statistics:
             shape = (1, 3, 1, 1)
             mean = torch.tensor(self.mean, device=frames.device).view(shape)

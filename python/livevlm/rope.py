@@ -30,6 +30,7 @@ class Rope:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._table: Tensor | None = None
+        self._outgrown: list[Tensor] = []  # CUDA graphs may still read them
 
     def angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each `positions.shape + [head_dim]`, in the dtype of `like`."""
@@ -53,6 +54,7 @@ class Rope:
         table = self._table
         if table is None or table.shape[0] < num_positions or table.dtype != wanted or table.device != device:
             size = 1 << max(num_positions - 1, GROWTH - 1).bit_length()
+            self._outgrown += [] if table is None else [table]
             table = self.cos_sin_cache(torch.arange(size, device=device)).to(wanted)
             self._table = table
         return table

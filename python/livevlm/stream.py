@@ -41,6 +41,9 @@ class StreamStats:
         num_questions: questions answered.
         graphs: how the newest answer was computed: "on" (CUDA graphs), "off: why" or "failed: why"; before the first
             one, how it will be.
+        num_dropped_frames: frames of live sources that were left out because reading was slower; see `Stream.watching`.
+        num_clips: clips read, and `num_replayed_clips` of them as CUDA graphs.
+        why_eager: why the newest clip was not one, if it was not.
     """
 
     num_frames: int
@@ -54,6 +57,10 @@ class StreamStats:
     encode_seconds: float
     num_questions: int
     graphs: str
+    num_dropped_frames: int
+    num_clips: int
+    num_replayed_clips: int
+    why_eager: str
 
 
 class Stream:
@@ -76,7 +83,7 @@ class Stream:
         self._size: tuple[int, ...] | None = None
         self._time: float | None = None
         self._encode_seconds = 0.0
-        self._num_questions = 0
+        self._num_questions = self._num_dropped_frames = 0
         generation = getattr(model, "generation_config", None)
         stop = getattr(generation, "eos_token_id", None)
         stop = self.processor.tokenizer.eos_token_id if stop is None else stop
@@ -105,14 +112,19 @@ class Stream:
                 f"frames have size {size} but the stream's are {self._size}; they cannot change within one"
             )
         stamps = self._times(times, batch.shape[0])
-        start = clock.perf_counter()
-        if not self.cache.num_frames:
-            self.cache.prefill_prompt(self.processor.prompt("?")[0])
         adapter, clip = self.cache.adapter, self.config.clip_frames
         for first in range(0, batch.shape[0], clip):
             part = batch[first : first + clip].to(adapter.device)
-            self.cache.push(self.processor.pixels(part, adapter.image_size), stamps[first : first + clip])
-            self._size, self._time = size, float(stamps[min(first + clip, batch.shape[0]) - 1])
+            self._read(self.processor.resized(part, adapter.image_size), stamps[first : first + clip])
+            self._size = size
+
+    def _read(self, frames: Tensor, stamps: Tensor) -> None:
+        """Reads a clip, uint8 in the model's size on its device."""
+        start = clock.perf_counter()
+        if not self.cache.num_frames:
+            self.cache.prefill_prompt(self.processor.prompt("?")[0])
+        self.cache.push_unchecked(frames, stamps, self.processor.normalised)
+        self._time = float(stamps[-1])
         self._encode_seconds += clock.perf_counter() - start
 
     def _times(self, times: Sequence[float] | Tensor | None, count: int) -> Tensor:
@@ -224,6 +236,10 @@ class Stream:
             encode_seconds=self._encode_seconds,
             num_questions=self._num_questions,
             graphs=self.cache.replay.said,
+            num_dropped_frames=self._num_dropped_frames,
+            num_clips=self.cache.clips.num_clips,
+            num_replayed_clips=self.cache.clips.num_replayed,
+            why_eager=self.cache.clips.why_eager,
         )
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from livevlm.errors import ModelError
 from livevlm.memory import KVShape
 
+VISION_FRAMES = 8  # on a GPU, more at once are not faster a frame, but take more memory
+
 
 class LlavaOnevisionAdapter:
     """What a stream needs of a `LlavaOnevisionForConditionalGeneration`: 0.5B, 7B, 72B and any other size."""
@@ -44,6 +46,7 @@ class LlavaOnevisionAdapter:
         devices = {str(weight.device) for weight in self.language_model.parameters()}
         if len(devices) > 1:
             raise ModelError(f"the language model is spread over {', '.join(sorted(devices))}; one device is supported")
+        self._compiled: list[Any] = []
         self._lean = config.vision_feature_layer == -1 and config.vision_feature_select_strategy == "full"
 
     @property
@@ -65,13 +68,37 @@ class LlavaOnevisionAdapter:
         """
         pixel_values = pixel_values.to(self.device, self.dtype)
         if self._lean:
-            tower = self.inner.vision_tower
-            hidden = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
-            features = self.inner.apply_pooling(self.inner.multi_modal_projector(hidden))
+            at_once = VISION_FRAMES if pixel_values.is_cuda else pixel_values.shape[0]
+            parts = [self._features(part) for part in pixel_values.split(at_once)]
+            features = torch.cat(parts) if len(parts) > 1 else parts[0]
         else:
             features = self.inner.get_video_features(pixel_values[None]).pooler_output
         # Later versions of transformers let get_video_features append the newline that ends a video: not wanted yet.
         return features.reshape(-1, features.shape[-1])[: pixel_values.shape[0] * self.tokens_per_frame]
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        """The lean path: `[num_frames, tokens_per_frame, hidden]`."""
+        tower = self.inner.vision_tower
+        if not self._compiled:
+            hidden = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
+            return self._project(hidden)
+        first, *layers, last = self._compiled
+        hidden = first(pixel_values)
+        for layer in layers:
+            hidden = layer(hidden, None)
+        return last(hidden)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return self.inner.apply_pooling(self.inner.multi_modal_projector(hidden))
+
+    def compile_vision(self) -> None:
+        """From now on the vision tower of this adapter runs compiled; the model itself is left as it is.
+
+        Layer by layer: all layers are one piece of code, which is compiled once.
+        """
+        tower = self.inner.vision_tower
+        parts = (tower.embeddings, *tower.encoder.layers, self._project)
+        self._compiled = [torch.compile(part) for part in parts] if self._lean else []
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Token ids `[num_tokens]` -> `[num_tokens, hidden]`."""

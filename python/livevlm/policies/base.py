@@ -22,7 +22,8 @@ class QueryWindow:
 
     def __init__(self, shape: KVShape, num_queries: int) -> None:
         size = (shape.num_layers, num_queries, shape.num_qo_heads, shape.head_dim)
-        self.q = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        with torch.inference_mode(False):  # it is written in place, in inference mode and outside of it
+            self.q = torch.zeros(size, dtype=shape.dtype, device=shape.device)
         self.count = 0
         self._seen: dict[int, Tensor] = {}
 
@@ -39,9 +40,10 @@ class QueryWindow:
         self._seen.clear()
 
     def commit(self) -> None:
-        """Takes the observed queries into `q`."""
+        """Takes the observed queries into `q`, in place: a CUDA graph may know its address."""
         if self._seen:
-            self.q, self.count = self._with_seen()
+            q, self.count = self._with_seen()
+            self.q.copy_(q)
             self._seen.clear()
 
     def newest(self) -> Tensor:
