@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         VideoError,
     )
     from livevlm.evidence import Evidence
+    from livevlm.feed import Feed, FeedStats
     from livevlm.processing import Processor
     from livevlm.stream import Stream, StreamStats
     from livevlm.video import open_video
@@ -38,6 +39,8 @@ _HOME = {
     "Config": "config",
     "ConfigError": "errors",
     "Evidence": "evidence",
+    "Feed": "feed",
+    "FeedStats": "feed",
     "FrameError": "errors",
     "LiveCache": "cache",
     "LiveVLMError": "errors",
@@ -60,6 +63,8 @@ __all__ = [
     "Config",
     "ConfigError",
     "Evidence",
+    "Feed",
+    "FeedStats",
     "FrameError",
     "LiveCache",
     "LiveVLMError",

@@ -65,8 +65,8 @@ class Config:
         graphs: "auto": `Stream.ask` replays CUDA graphs where it can: 16-bit Qwen2 models on a GPU, questions of up to
             256 tokens; `stats().graphs` says what happened. "on": an error where model, device or settings do not
             allow it, or capturing fails. "off": never.
-        compile: run the vision tower through `torch.compile`: faster, but the first clip takes up to a minute longer, and
-            the first clips of one frame and of another size each some seconds; results differ by rounding.
+        compile: run the vision tower through `torch.compile`: faster, but the first clips take up to a minute longer,
+            and results differ by rounding.
         max_new_tokens: longest answer, 128 (ours).
     """
 

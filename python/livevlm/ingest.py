@@ -2,10 +2,10 @@
 """Reads clips into a LiveCache, as CUDA graphs where they repeat themselves.
 
 A clip of one frame costs a GPU a few milliseconds and Python thirty, for a thousand launches. Once a bounded memory is
-full, every clip of the same number of frames starts at the same slot, attends to as many keys and is compressed to the
-same length: the launches are the same, down to their addresses. What does differ (pixels, times, place in the stream) is
-read from tensors. So the third such clip is captured, whole, from pixels to the compressed memory, and from then on
-replayed. It is what `LiveCache.read_clip` launches, kernel for kernel, so its results are the same bits.
+full, every clip of the same number of frames starts at the same slot, attends to as many keys and is compressed to
+the same length: the launches are the same, down to their addresses. What does differ (pixels, times, place in the
+stream) is read from tensors. So the third such clip is captured, whole, from pixels to the compressed memory, and from
+then on replayed. It is what `LiveCache.read_clip` launches, kernel for kernel, so its results are the same bits.
 """
 
 from __future__ import annotations
@@ -86,15 +86,8 @@ class ClipReader:
         if memory.version != self._version:
             self.forget()
             self._version = memory.version
-        key = (
-            num_frames,
-            frames.dtype,
-            normalise,
-            memory.end,
-            memory.video_start,
-            cache.queries.count,
-            self._weights(),
-        )
+        where = (memory.video_start, memory.end, cache.queries.count)
+        key = (frames.shape[0], frames.dtype, normalise, where, self._weights())
         if key not in self._graphs:
             self._seen[key] += 1
             if self._seen[key] <= WARM_CLIPS:
@@ -135,7 +128,8 @@ class ClipReader:
         stays = (*before[:2], queries.count)
         try:
             # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+            with torch.cuda.device(frames.device), capture:
                 cache.read_clip(static, facts, normalise)
             stays = (memory.video_end, memory.end, queries.count)
         except Exception as error:

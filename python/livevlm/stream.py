@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import time as clock
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,14 @@ from livevlm.answer import Answer
 from livevlm.cache import LiveCache
 from livevlm.config import Config
 from livevlm.decoding import Question, answer_tokens, warm_up
-from livevlm.errors import FrameError
+from livevlm.errors import ConfigError, FrameError, StateError
 from livevlm.evidence import evidence_of
+from livevlm.feed import Feed
 from livevlm.frames import as_frames
+from livevlm.gate import Gate
 from livevlm.options import AskOptions, Decoding
 from livevlm.processing import Processor
+from livevlm.types import Drop
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,12 @@ class Stream:
         self.config = config or Config()
         self.processor = Processor.wrap(processor)
         self.cache = LiveCache(model, self.config)
-        self._size: tuple[int, ...] | None = None
+        self.frame_size: tuple[int, ...] | None = None  # height and width of its frames as they were given
+        self.gate = Gate()
+        self._feed: Feed | None = None
         self._time: float | None = None
         self._encode_seconds = 0.0
-        self._num_questions = self._num_dropped_frames = 0
+        self._num_questions = self._num_dropped_frames = self._num_dropped_before = 0
         generation = getattr(model, "generation_config", None)
         stop = getattr(generation, "eos_token_id", None)
         stop = self.processor.tokenizer.eos_token_id if stop is None else stop
@@ -103,20 +109,79 @@ class Stream:
 
         Raises:
             FrameError: unusable frames or times, or frames of another size than before; nothing was read.
-            StateError: an answer is being generated.
+            StateError: an answer is being generated, or a source is being watched.
         """
+        if self._feed is not None and not self._feed.ended:
+            raise StateError("a source is being watched; close that before pushing frames of another")
         batch = as_frames(frames)
         size = tuple(batch.shape[-2:])
-        if self._size is not None and size != self._size:
+        if self.frame_size is not None and size != self.frame_size:
             raise FrameError(
-                f"frames have size {size} but the stream's are {self._size}; they cannot change within one"
+                f"frames have size {size} but the stream's are {self.frame_size}; they cannot change within one"
             )
         stamps = self._times(times, batch.shape[0])
         adapter, clip = self.cache.adapter, self.config.clip_frames
         for first in range(0, batch.shape[0], clip):
             part = batch[first : first + clip].to(adapter.device)
             self._read(self.processor.resized(part, adapter.image_size), stamps[first : first + clip])
-            self._size = size
+            self.frame_size = size
+
+    def watching(
+        self,
+        source: str | os.PathLike[str] | Iterable[tuple[float, Any]],
+        *,
+        fps: float | None = 1.0,
+        clip_frames: int | None = None,
+        max_delay: float | None = None,
+        drop: Drop | None = None,
+        queue_frames: int | None = None,
+        start: float = 0.0,
+    ) -> Feed:
+        """Reads a source in the background, while questions are asked:
+
+            with stream.watching("rtsp://camera", max_delay=0.5) as feed:
+                print(stream.ask("Who is at the door?"))
+                feed.wait()  # until the source ends
+
+        One thread decodes frames, brings them to the device and resizes them, another one reads them. A question is
+        answered after the clip being read, before all frames that wait; while it is answered, nothing is read.
+
+        Args:
+            source: a file, camera or address, as for `livevlm.open_video`, or an iterable of (seconds, frame), used by
+                another thread.
+            fps: for a file, camera or address: frames a second that are looked at; None for every one.
+            clip_frames: most frames read at once, `config.clip_frames` if None: many are read faster.
+            max_delay: seconds after which a frame is read, whether its clip is full or not: 0 reads whatever is there.
+                None waits for full clips; for a live source, half a second.
+            drop: what to do when frames come faster than they are read: let the source wait ("never", the default for
+                files), or leave out the "oldest" waiting frame (the default for live sources) or the "newest". What is
+                left out is counted in `stats()`.
+            queue_frames: most frames that wait, two clips if None.
+            start: seconds of the stream at which the source's time begins.
+
+        Raises:
+            ConfigError: an option is out of range.
+            StateError: another source is being watched.
+            VideoError: the source cannot be opened.
+        """
+        if self._feed is not None and not self._feed.ended:
+            raise StateError("another source is being watched; close it first")
+        for name, value, least in (
+            ("clip_frames", clip_frames, 1), ("queue_frames", queue_frames, 1), ("max_delay", max_delay, 0),
+        ):  # fmt: skip
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}={value} must be at least {least}")
+        if drop not in (None, *get_args(Drop)):
+            raise ConfigError(f"drop={drop!r} is unknown; allowed: {', '.join(get_args(Drop))}")
+        options: Any = {"fps": fps, "clip_frames": clip_frames, "max_delay": max_delay, "drop": drop}
+        self._num_dropped_before = self._num_dropped_frames
+        self._feed = Feed(self, source, queue_frames=queue_frames, start=start, **options)
+        return self._feed
+
+    def read_staged(self, frames: Tensor, times: Sequence[float], num_dropped: int = 0) -> None:
+        """A clip from `livevlm.staging`; `num_dropped` frames of its source have been left out so far."""
+        self._read(frames, self._times(times, frames.shape[0]))
+        self._num_dropped_frames = self._num_dropped_before + num_dropped
 
     def _read(self, frames: Tensor, stamps: Tensor) -> None:
         """Reads a clip, uint8 in the model's size on its device."""
@@ -170,13 +235,25 @@ class Stream:
         decoding = Decoding(**options)
         start = clock.perf_counter()
         _, token_ids = self.processor.prompt(question)
-        self.cache.require_askable()
-        answer = self._answer(question, token_ids, decoding, clock.perf_counter() - start)
+        with self.gate.asking():
+            self.cache.require_askable()
+        answer = self._in_turn(self._answer(question, token_ids, decoding, clock.perf_counter() - start))
         if stream:
             return _pieces(answer)
         *_, whole = answer
         assert isinstance(whole, Answer)
         return whole
+
+    def _in_turn(self, answer: Generator[str, None, None]) -> Generator[str, None, None]:
+        """The answer, once a clip that another thread is reading is in memory."""
+        asked = clock.perf_counter()
+        with self.gate.asking(), closing(answer):
+            waited = clock.perf_counter() - asked
+            for piece in answer:
+                if isinstance(piece, Answer):
+                    piece.ttft += waited
+                    piece.seconds += waited
+                yield piece
 
     def _answer(self, question: str, token_ids: Tensor, options: Decoding, spent: float) -> Generator[str, None, None]:
         """Yields new pieces of text, then the Answer. Ends the question however it is left. `spent`: seconds so far."""

@@ -13,7 +13,7 @@ import click
 
 from livevlm.cli.values import TimeType, budget_settings
 from livevlm.errors import ConfigError, LiveVLMError
-from livevlm.types import PolicyName, RetrievalName
+from livevlm.types import Drop, PolicyName, RetrievalName
 
 
 class OneLineError(click.ClickException):
@@ -72,6 +72,16 @@ CHECKPOINTS = "[default: the checkpoint's]"
 )
 @click.option("--fps", type=float, default=1.0, show_default=True, help="Frames a second that are looked at.")
 @click.option("--for", "seconds", type=TimeType(), help="Stop watching after this time (for cameras).")
+@click.option(
+    "--max-delay",
+    type=click.FloatRange(min=0),
+    help="Seconds after which frames are read although their clip is not full.  [default: 0.5 for cameras]",
+)
+@click.option(
+    "--drop",
+    type=click.Choice(get_args(Drop)),
+    help="Frames to leave out when they come faster than they are read.  [default: never, oldest for cameras]",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -86,6 +96,8 @@ def ask(
     retrieval: str | None,
     fps: float,
     seconds: float | None,
+    max_delay: float | None,
+    drop: Drop | None,
     device: str,
     max_new_tokens: int | None,
     as_json: bool,
@@ -108,7 +120,9 @@ def ask(
             settings |= budget_settings(budget, watch.num_video_tokens(reader, checkpoint))
             if settings.get("policy", checkpoint.config.policy) == "full":
                 raise ConfigError("policy 'full' keeps everything: give it no --budget")
-        session = watch.Session(checkpoint, settings, reader, stop_at=seconds, quiet=as_json)
+        session = watch.Session(
+            checkpoint, settings, reader, stop_at=seconds, quiet=as_json, max_delay=max_delay, drop=drop
+        )
         answers = session.run(questions, timed)
     if as_json:
         result = {

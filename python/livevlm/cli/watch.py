@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -17,9 +17,13 @@ from rich.text import Text
 from livevlm.answer import Answer
 from livevlm.checkpoint import Checkpoint, load
 from livevlm.cli.values import format_bytes, format_time
+from livevlm.clips import Clips
 from livevlm.errors import ConfigError, VideoError
+from livevlm.feed import LIVE_DELAY
 from livevlm.models import adapter_for
+from livevlm.staging import Staging, clip_of
 from livevlm.stream import Stream
+from livevlm.types import Drop
 from livevlm.video import VideoReader
 
 SMALL_MODEL = 50_000_000  # parameters; one thread is enough for fewer
@@ -57,10 +61,14 @@ class Session:
         *,
         stop_at: float | None,
         quiet: bool,
+        max_delay: float | None = None,
+        drop: Drop | None = None,
     ) -> None:
         config = dataclasses.replace(checkpoint.config, **settings)
         self.stream = Stream(checkpoint.model, checkpoint.processor, config)
         self.reader, self.stop_at, self.quiet = reader, stop_at, quiet
+        self.max_delay = LIVE_DELAY if max_delay is None and reader.is_live else max_delay
+        self.drop: Drop = drop or ("oldest" if reader.is_live else "never")
         self.console = Console(highlight=False)
         self.answers: list[dict[str, Any]] = []
 
@@ -100,33 +108,39 @@ class Session:
     def _watch(self, progress: Progress, waiting: list[tuple[float, str]]) -> None:
         total = self.reader.num_frames_estimate
         task = progress.add_task("watching", total=total, clock="00:00", memory="empty")
-        frames: list[torch.Tensor] = []
-        times: list[float] = []
+        adapter = self.stream.cache.adapter
+        clips = Clips(
+            self._frames(),
+            Staging(self.stream.processor, adapter.image_size, adapter.device),
+            clip_frames=self.stream.config.clip_frames,
+            max_delay=self.max_delay,
+            drop=self.drop,
+            cuts=[time for time, _ in waiting],
+        )
 
-        def push() -> None:
-            if frames:
-                self.stream.push(frames, times=times)
-                progress.update(task, advance=len(frames), clock=self._clock(), memory=self._memory())
-                frames.clear()
-                times.clear()
-
-        try:
-            for time, frame in self.reader:
-                if self.stop_at is not None and time > self.stop_at:
-                    break
-                while waiting and time > waiting[0][0]:
-                    push()
+        def read() -> None:
+            for clip in clips:
+                while waiting and clip.times[0] > waiting[0][0]:
                     progress.stop()  # an answer is printed where the bar stands
                     self._ask(waiting.pop(0)[1])
                     progress.start()
-                frames.append(frame)
-                times.append(time)
-                if len(frames) == self.stream.config.clip_frames or self.reader.is_live:
-                    push()
-        except KeyboardInterrupt:
-            if not self.reader.is_live:
-                raise
-        push()
+                self.stream.read_staged(clip_of(clip.frames), clip.times, clips.num_dropped)
+                progress.update(task, advance=len(clip.times), clock=self._clock(), memory=self._memory())
+
+        with clips:
+            try:
+                read()
+            except KeyboardInterrupt:
+                if not self.reader.is_live:
+                    raise
+                clips.stop()
+                read()  # what had come by then
+
+    def _frames(self) -> Iterator[tuple[float, torch.Tensor]]:
+        for time, frame in self.reader:
+            if self.stop_at is not None and time > self.stop_at:
+                return
+            yield time, frame
 
     def _clock(self) -> str:
         now = format_time(self.stream.stats().seconds)
@@ -170,8 +184,9 @@ class Session:
         share = stats.num_video_tokens / stats.num_seen_tokens
         per_frame = stats.encode_seconds / stats.num_frames * 1e3
         config = self.stream.config
+        dropped = f", {stats.num_dropped_frames} left out" if stats.num_dropped_frames else ""
         self.console.print(
-            f"[dim]{stats.num_frames} frames at {per_frame:.0f} ms; memory {self._memory()} "
+            f"[dim]{stats.num_frames} frames at {per_frame:.0f} ms{dropped}; memory {self._memory()} "
             f"({share:.0%} of the {stats.num_seen_tokens} seen); "
             f"policy {config.policy}, retrieval {config.retrieval}[/]",
             soft_wrap=True,
