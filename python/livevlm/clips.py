@@ -129,7 +129,7 @@ class Clips(Generic[Frame]):
                     taken = [self._waiting.popleft() for _ in range(count)]
                     self._changed.notify_all()
                     return Clip([w.frame for w in taken], [w.time for w in taken], taken[0].arrival)
-                if self._ended and not self._waiting:
+                if (self._ended or self._stopped) and not self._waiting:
                     break
                 self._changed.wait(self._patience())
         if self._error is not None:
@@ -146,7 +146,7 @@ class Clips(Generic[Frame]):
                 return count
             segment, count = here, count + 1
         patience = self._patience()
-        closed = self._ended or count == self.clip_frames or (patience is not None and patience <= 0)
+        closed = self._ended or self._stopped or count == self.clip_frames or (patience is not None and patience <= 0)
         return count if closed else 0
 
     def _patience(self) -> float | None:
