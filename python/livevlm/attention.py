@@ -85,8 +85,7 @@ class Read:
     def attend(self, module: nn.Module, query: Tensor, layer: int, scaling: float) -> Tensor:
         """query `[1, num_qo_heads, num_new, head_dim]`, un-rotated -> `[1, num_new, num_qo_heads, head_dim]`."""
         q = query[0].transpose(0, 1)
-        if self.observe is not None:
-            self.observe(layer, q)
+        self.see(layer, q)
         table = self._block_table(layer, q)
         if self.backend is not None:
             out = self._attend_in_place(layer, q, table, scaling)
@@ -99,6 +98,11 @@ class Read:
             self._record_mass(layer, slots, q[-1:], k, scaling)
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         return self._attention(module, q, k, v, scaling)
+
+    def see(self, layer: int, q: Tensor) -> None:
+        """Notes the un-rotated queries of a clip, `[num_new, num_qo_heads, head_dim]`."""
+        if self.observe is not None:
+            self.observe(layer, q)
 
     # ---------------------------------------------------------------- what is attended to
     @property

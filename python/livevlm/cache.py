@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from livevlm import hooks
 from livevlm.attention import Read, Turn
+from livevlm.clip_pass import remember
 from livevlm.config import Config
 from livevlm.errors import ConfigError, FrameError, QuestionError, StateError
 from livevlm.generate import checked_generate
@@ -201,7 +202,7 @@ class LiveCache(Cache):
         with self._exclusively():
             if token_ids.numel():
                 try:
-                    self._forward(self.adapter.embed_tokens(token_ids))
+                    remember(self, self.adapter.embed_tokens(token_ids))
                     self.queries.rollback()  # text: no vision queries
                     self.memory.commit_prompt()
                 except BaseException:
@@ -264,7 +265,8 @@ class LiveCache(Cache):
         num_frames = frames.shape[0]
         self._facts = facts
         try:
-            where = self._forward(self.adapter.embed_frames(frames if normalise is None else normalise(frames)))
+            pixels = frames if normalise is None else normalise(frames)
+            where = remember(self, self.adapter.embed_frames(pixels))
             of_each = torch.stack((torch.arange(num_frames, device=device) + facts[1], facts[2:]))
             frame, time = of_each.repeat_interleave(per_frame, dim=1)
             memory.describe(where, frame, torch.arange(per_frame, device=device).repeat(num_frames), time)
@@ -277,11 +279,6 @@ class LiveCache(Cache):
             self._facts = None
         memory.commit_video()
         self.queries.commit()
-
-    def _forward(self, embeds: Tensor) -> slice:
-        start = self.memory.end
-        self.adapter.language_model(inputs_embeds=embeds[None], past_key_values=self, use_cache=True)
-        return slice(start, self.memory.end)
 
     # ---------------------------------------------------------------- questions
     def _require_idle(self) -> None:

@@ -63,7 +63,8 @@ class Config:
             than 64 and 128: for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").
             "cuda", "triton", "cpu", "reference": in place, by that backend.
         graphs: "auto": `Stream.ask` replays CUDA graphs where it can: 16-bit Qwen2 models on a GPU, questions of up to
-            256 tokens; `stats().graphs` says what happened. "on": an error where model, device or settings do not
+            256 tokens; `stats().graphs` says what happened. Reading does the same with short clips, once the memory is
+            full; see `stats().why_eager`. "on": an error where model, device or settings do not
             allow it, or capturing fails. "off": never.
         compile: run the vision tower through `torch.compile`: faster, but the first clips take up to a minute longer,
             and results differ by rounding.
@@ -124,9 +125,8 @@ class Config:
         for name in ("scatter_ratio", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
-        for name in ("graphs", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be True or False")
+        if not isinstance(self.compile, bool):
+            raise ConfigError(f"compile={self.compile!r} must be True or False")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 

@@ -103,7 +103,7 @@ class ClipReader:
         config, failed = self.cache.config, self._failed
         reasons = (
             (not frames.is_cuda, "CUDA graphs need a GPU"),
-            (not config.graphs, "graphs=False"),
+            (config.graphs == "off", "graphs='off'"),
             (self.cache.policy.unbounded, f"policy {config.policy!r}: no two clips attend to as many keys"),
             (config.positions == "original", "positions='original': no two clips have the same ones"),
             (frames.shape[0] > MOST_FRAMES, f"a clip of more than {MOST_FRAMES} frames"),
@@ -133,6 +133,8 @@ class ClipReader:
                 cache.read_clip(static, facts, normalise)
             stays = (memory.video_end, memory.end, queries.count)
         except Exception as error:
+            if cache.config.graphs == "on":
+                raise
             said = (str(error).strip() or "no message").splitlines()[0]
             self._failed = f"a clip could not be captured: {type(error).__name__}: {said}"
         finally:

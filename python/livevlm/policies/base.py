@@ -22,10 +22,10 @@ class QueryWindow:
 
     def __init__(self, shape: KVShape, num_queries: int) -> None:
         size = (shape.num_layers, num_queries, shape.num_qo_heads, shape.head_dim)
-        with torch.inference_mode(False):  # it is written in place, in inference mode and outside of it
+        with torch.inference_mode(False):  # they are written in place, in inference mode and outside of it
             self.q = torch.zeros(size, dtype=shape.dtype, device=shape.device)
-        self.count = 0
-        self._seen: dict[int, Tensor] = {}
+            self._new = torch.zeros_like(self.q)  # those of a clip that is not committed yet, at the end
+        self.count = self._num_new = 0
 
     @property
     def capacity(self) -> int:
@@ -34,29 +34,32 @@ class QueryWindow:
     def observe(self, layer: int, q: Tensor) -> None:
         """Notes the queries `[num_tokens, num_qo_heads, head_dim]` of a clip; they count once it is committed."""
         if self.capacity:
-            self._seen[layer] = q[-self.capacity :]
+            q = q[-self.capacity :]  # a copy, so that the rest of the clip's queries can go
+            self._new[layer, self.capacity - q.shape[0] :] = q.detach()
+            self._num_new = q.shape[0]
 
     def rollback(self) -> None:
-        self._seen.clear()
+        self._num_new = 0
 
     def commit(self) -> None:
         """Takes the observed queries into `q`, in place: a CUDA graph may know its address."""
-        if self._seen:
-            q, self.count = self._with_seen()
-            self.q.copy_(q)
-            self._seen.clear()
+        if self._num_new:
+            joined, self.count = self._with_new()
+            self.q.copy_(joined)
+            self._num_new = 0
 
     def newest(self) -> Tensor:
         """The newest queries, those of the clip being read included: `[num_layers, count, num_qo_heads, head_dim]`."""
-        q, count = self._with_seen()
+        q, count = self._with_new()
         return q[:, self.capacity - count :]
 
-    def _with_seen(self) -> tuple[Tensor, int]:
-        if not self._seen:
+    def _with_new(self) -> tuple[Tensor, int]:
+        if not self._num_new:
             return self.q, self.count
-        new = torch.stack([self._seen[layer] for layer in range(self.q.shape[0])])
-        joined = torch.cat((self.q[:, new.shape[1] :], new), dim=1)
-        return joined, min(self.capacity, self.count + new.shape[1])
+        if self._num_new == self.capacity:
+            return self._new, self.capacity
+        joined = torch.cat((self.q[:, self._num_new :], self._new[:, self.capacity - self._num_new :]), dim=1)
+        return joined, min(self.capacity, self.count + self._num_new)
 
 
 class Policy(ABC):

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model over what is to be remembered: a clip, or the prompt. Only keys and values come of it.
+
+The stock model's own modules do everything that has weights, and what lies between them is fused and rounds where
+they do (`livevlm_kernels/layer_steps.py`), so keys and values are the same as those of the stock model. It ends with
+the keys and values of the last layer: nothing reads what that layer would make of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from livevlm.errors import ModelError
+from livevlm_kernels.layer_steps import add_rms_norm, silu_mul, store_tokens
+
+if TYPE_CHECKING:
+    from livevlm.cache import LiveCache
+
+
+def remember(cache: LiveCache, embeds: Tensor) -> slice:
+    """Reads embeddings `[num_tokens, hidden]` into the cache's memory; the slots they got."""
+    start, model = cache.memory.end, cache.adapter.language_model
+    try:
+        layers = cache.adapter.decoder_layers()
+    except ModelError:  # then all that is known of it is what transformers knows
+        model(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
+    else:
+        with cache.reading(model, {"inputs_embeds": embeds[None]}):
+            # The fused kernels want rows; elsewhere the layout decides in which order a norm adds up.
+            _layers(cache, layers, embeds.contiguous() if embeds.is_cuda else embeds)
+    return slice(start, cache.memory.end)
+
+
+def _layers(cache: LiveCache, layers: list[Any], x: Tensor) -> None:
+    memory, read, num_tokens = cache.memory, cache.read, x.shape[0]
+    assert read is not None
+    place = torch.full((4,), read.where.start, dtype=torch.int32, device=x.device)
+    heads = (1, num_tokens, memory.shape.num_qo_heads, memory.shape.head_dim)
+    delta = None
+    for index, layer in enumerate(layers):
+        norm, attention, mlp = layer.input_layernorm, layer.self_attn, layer.mlp
+        x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+        q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+        store_tokens(q, k, v, memory.k[index], memory.v[index], place, None)
+        q = q.view(heads)
+        if index == len(layers) - 1:
+            read.see(index, q[0])
+            return
+        out = read.attend(attention, q.transpose(1, 2), index, attention.scaling)
+        delta = attention.o_proj(out.reshape(num_tokens, -1))
+        norm = layer.post_attention_layernorm
+        x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
+        delta = mlp.down_proj(silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
