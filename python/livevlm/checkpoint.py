@@ -43,7 +43,7 @@ def load(name: str | Path = "tiny", *, device: str | torch.device = "auto", dtyp
         ConfigError: there is no such device here.
     """
     path = TINY if str(name) == "tiny" else name
-    target = _device(device)
+    target = find_device(device)
     if dtype == "auto" and target.type == "cpu":
         dtype = torch.float32
     if not Path(path).is_dir() and str(name).count("/") != 1:
@@ -64,7 +64,12 @@ def load(name: str | Path = "tiny", *, device: str | torch.device = "auto", dtyp
     return Checkpoint(model.to(target).eval(), processor, config)
 
 
-def _device(name: str | torch.device) -> torch.device:
+def find_device(name: str | torch.device) -> torch.device:
+    """A device that can be used; "auto" is the GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import click
 
+from livevlm.cli.bench_stream import stream
+
 PREFIX = "bench_"
 
 
@@ -24,9 +26,9 @@ def scripts() -> dict[str, Path]:
     raise click.ClickException("the benchmark scripts are not installed; they are in the folder bench of the sources")
 
 
-@click.group(short_help="Measure how fast the kernels are here.")
+@click.group(short_help="Measure how fast things are here.")
 def bench() -> None:
-    """Measure how fast the kernels are on this machine."""
+    """Measure how fast kernels, or whole streams, are on this machine."""
 
 
 @bench.command()
@@ -57,3 +59,6 @@ def kernels(ops: tuple[str, ...], results: Path | None, device: str | None) -> N
             failed.append(op)
     if failed:
         raise click.ClickException(f"failed: {', '.join(failed)}")
+
+
+bench.add_command(stream)

@@ -29,13 +29,18 @@ from livevlm.video import VideoReader
 SMALL_MODEL = 50_000_000  # parameters; one thread is enough for fewer
 
 
-def load_quietly(name: str, device: str) -> Checkpoint:
-    """`livevlm.load` without the library's own progress bars and notices."""
+def quiet_libraries() -> None:
+    """No progress bars and notices but our own."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     huggingface_hub.utils.logging.set_verbosity_error()
+
+
+def load_quietly(name: str, device: str) -> Checkpoint:
+    """`livevlm.load` without the libraries' own words."""
+    quiet_libraries()
     checkpoint = load(name, device=device)
     size = sum(weight.numel() for weight in checkpoint.model.parameters())
     if size < SMALL_MODEL:

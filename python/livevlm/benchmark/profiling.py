@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each millisecond goes: GPU time of a call's kernels, by what they do, and the time in which none ran."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from livevlm.benchmark import timing
+from livevlm.benchmark.live import Live
+from livevlm.benchmark.report import Row, row
+from livevlm.benchmark.subject import Subject
+from livevlm.benchmark.timing import Limit
+
+if TYPE_CHECKING:
+    from livevlm.benchmark.parts import Plan
+
+# By name of the kernel, first match; GEMMs of vision and language models are told apart by profiling vision alone.
+KINDS = {
+    "compression": r"score_tokens|select_tokens|compact_tokens|evict_similar|merge_tokens|redundancy|radix|sort|topk",
+    "retrieval": r"summarize|retrieve|fill_table",
+    "attention": r"attention|attend|flash|fmha|cudnn_generated|mha|merge_states|combine",
+    "linear": r"gemm|nvjet|cutlass|xmma|cublas|splitKreduce|gemv|conv",
+    "copies": r"[Mm]emcpy|[Mm]emset|copy_|CatArray",
+}
+TOP = 12
+
+
+def _kernels(call: Any, device: torch.device) -> tuple[Counter[str], list[tuple[str, float, int]], float]:
+    """Milliseconds by kind, the longest kernels, and wall time in ms of a call on its own."""
+    wall = timing.spread([timing.milliseconds(call, device) for _ in range(5)])[0]
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        timing.synchronise(device)
+    events = [(e.key, e.self_device_time_total / 1e3, e.count) for e in seen.key_averages()]
+    events = [event for event in events if event[1] > 0]
+    by_kind: Counter[str] = Counter()
+    for name, spent, _ in events:
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "elementwise")
+        by_kind[kind] += spent
+    return by_kind, sorted(events, key=lambda e: -e[1])[:TOP], wall
+
+
+def profile(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
+    """Kernels of reading 1 and 8 frames, of the vision tower alone, and of a question; on a GPU only."""
+    device = subject.device
+    if device.type != "cuda":
+        return
+    live = Live(subject, **dict(plan.settings))
+    adapter = live.stream.cache.adapter
+    live.watch(live.stream.cache.budget // adapter.tokens_per_frame + 8, 8)
+    size = adapter.image_size
+    pixels = torch.randn(8, 3, size, size, device=device, dtype=adapter.dtype)
+
+    @torch.no_grad()
+    def vision(count: int) -> None:
+        adapter.embed_frames(pixels[:count])
+
+    calls = {
+        "vision, 1 frame": lambda: vision(1),
+        "vision, 8 frames": lambda: vision(8),
+        "read, 1 frame": lambda: live.push(1),
+        "read, 8 frames": lambda: live.push(8),
+        "question, first token": lambda: live.ask(0),
+        "question, 17 tokens": lambda: live.ask(16),
+    }
+    for name, call in calls.items():
+        for _ in range(4):
+            call()
+        by_kind, longest, wall = _kernels(call, device)
+        for kind, spent in sorted(by_kind.items()):
+            yield row("profile", name, f"{kind} ms", [spent])
+        yield row("profile", name, "no kernel runs ms", [wall - sum(by_kind.values())])
+        yield row("profile", name, "wall ms", [wall])
+        for kernel, took, count in longest:
+            yield row("profile", name, "kernel ms", [took], note=f"{count} x {kernel[:90]}")
+        if limit.passed:
+            return

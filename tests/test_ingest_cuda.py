@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading on a GPU: replayed clips give the same bits, nothing waits, memory stays flat, sources come through threads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import livevlm
+from livevlm import Stream
+from livevlm.ingest import WARM_CLIPS
+from livevlm.synthetic import generate
+from test_ingest import BOUNDED
+from test_stream import bits
+
+pytestmark = pytest.mark.cuda
+
+SIZES = [8] * 4 + [1, 3, 8] * 6
+
+
+@pytest.fixture(scope="module")
+def tiny() -> livevlm.Checkpoint:
+    return livevlm.load("tiny", device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def frames() -> torch.Tensor:
+    return generate(sum(SIZES), seed=5)[0].frames
+
+
+def stream_of(tiny: livevlm.Checkpoint, **settings: object) -> Stream:
+    defaults = {"policy": "vision_sink", "budget": 160, "clip_frames": 8, "graphs": "on"}
+    return Stream(tiny.model, tiny.processor, dataclasses.replace(tiny.config, **defaults | settings))
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("policy", BOUNDED)
+def test_replayed_clips_give_the_same_bits(
+    tiny: livevlm.Checkpoint, frames: torch.Tensor, policy: str, attention: str
+) -> None:
+    ways = ("on", "off") if attention == "auto" else ("auto", "off")
+    streams = [stream_of(tiny, policy=policy, attention=attention, graphs=way) for way in ways]
+    for stream in streams:
+        for clip in frames.split(SIZES):
+            stream.push(clip)
+            stream.stats()
+    assert all(torch.equal(a, b) for a, b in zip(*map(bits, streams), strict=True))
+    assert streams[0].stats().num_replayed_clips >= 3 * (6 - WARM_CLIPS) - 2, streams[0].stats()
+    assert streams[0].ask("what colour was the star ?") == streams[1].ask("what colour was the star ?")
+    streams[0].ask("what colour was the star ? " * 300)  # the memory grows, and moves
+    for stream in streams:
+        for clip in frames[:8].split([1] * 8):
+            stream.push(clip)
+    assert all(torch.equal(a, b) for a, b in zip(*map(bits, streams), strict=True))
+    assert streams[0].stats().why_eager == ""
+
+
+def test_nothing_waits_for_the_gpu(tiny: livevlm.Checkpoint, frames: torch.Tensor) -> None:
+    for way in ("on", "off"):
+        stream, there = stream_of(tiny, graphs=way), frames[:4].cuda()
+        for _ in range(20):
+            stream.push(there)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            stream.push(there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert (stream.stats().num_replayed_clips > 0) == (way == "on")
+
+
+def test_memory_is_flat_and_questions_fit_between(tiny: livevlm.Checkpoint, frames: torch.Tensor) -> None:
+    stream, used = stream_of(tiny), []
+    for turn in range(120):
+        stream.push(frames[: 1 + turn % 8])
+        if turn % 3 == 0:
+            stream.ask("where was the red star ?")
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert len(set(used[60:])) == 1, used[60:]
+
+
+def test_a_source_gives_the_same_memory(tiny: livevlm.Checkpoint, frames: torch.Tensor) -> None:
+    """Frames of another size, resized by a thread on a stream of its own, while clips are captured and replayed."""
+    large = torch.nn.functional.interpolate(frames, scale_factor=2.5, mode="nearest")
+    pushed, watched = stream_of(tiny), stream_of(tiny)
+    for clip in large.split(4):
+        pushed.push(clip)
+
+    def source() -> Iterator[tuple[float, torch.Tensor]]:
+        return ((float(i), frame) for i, frame in enumerate(large))
+
+    with watched.watching(source(), clip_frames=4) as feed:
+        answers = [watched.ask("where was the red star ?") for _ in range(3)]
+        feed.wait(60)
+    assert len(answers) == 3 and feed.stats().num_frames == len(large)
+    assert all(torch.equal(a, b) for a, b in zip(bits(pushed), bits(watched), strict=True))
+    assert watched.stats().num_replayed_clips > 5
+
+
+def test_a_capture_that_fails_is_told(
+    tiny: livevlm.Checkpoint, frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, plain = stream_of(tiny, graphs="auto"), stream_of(tiny, graphs="off")
+    compress = stream.cache.policy.compress
+
+    def waits(*args: object) -> None:
+        compress(*args)  # type: ignore[arg-type]
+        torch.ones(1, device="cuda").item()
+
+    monkeypatch.setattr(stream.cache.policy, "compress", waits)
+    for clip in frames.split(SIZES):
+        stream.push(clip)
+        plain.push(clip)
+    assert "could not be captured" in stream.stats().why_eager
+    assert all(torch.equal(a, b) for a, b in zip(bits(plain), bits(stream), strict=True))
