@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading on a GPU: replayed clips give the same bits, nothing waits, memory stays flat, sources come through threads."""
+"""Reading on a GPU: replayed clips give the same bits, nothing waits, memory stays flat, sources come by threads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import livevlm
 from livevlm import Stream
 from livevlm.ingest import WARM_CLIPS
 from livevlm.synthetic import generate
+from test_clips import eventually
 from test_ingest import BOUNDED
 from test_stream import bits
 
@@ -93,6 +94,7 @@ def test_a_source_gives_the_same_memory(tiny: livevlm.Checkpoint, frames: torch.
         return ((float(i), frame) for i, frame in enumerate(large))
 
     with watched.watching(source(), clip_frames=4) as feed:
+        eventually(lambda: watched.stats().num_frames)
         answers = [watched.ask("where was the red star ?") for _ in range(3)]
         feed.wait(60)
     assert len(answers) == 3 and feed.stats().num_frames == len(large)
