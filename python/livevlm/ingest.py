@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from livevlm.replay import CAPTURING, capture_stream
+
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
 
@@ -128,8 +130,9 @@ class ClipReader:
         stays = (*before[:2], queries.count)
         try:
             # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
-            capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-            with torch.cuda.device(frames.device), capture:
+            side = capture_stream(frames.device)
+            capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
+            with CAPTURING, torch.cuda.device(frames.device), capture:
                 cache.read_clip(static, facts, normalise)
             stays = (memory.video_end, memory.end, queries.count)
         except Exception as error:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Kind = tuple[int, bool]  # rows of a pass, and whether they choose the blocks that are attended to
 TOKEN: Kind = (1, False)
 
-_CAPTURING = threading.Lock()  # one capture at a time
-_SIDE: dict[torch.device, torch.cuda.Stream] = {}  # where captures run; one, for cuBLAS keeps a workspace a stream
+CAPTURING = threading.Lock()  # one capture at a time
+_SIDE: dict[torch.device, torch.cuda.Stream] = {}
 
 
 class Replay:
@@ -184,10 +184,10 @@ class Replay:
         if not self.capture or kind in self._graphs:
             return
         run, device = self._pass(kind), self.cache.memory.shape.device
-        with _CAPTURING, torch.cuda.device(device):
+        with CAPTURING, torch.cuda.device(device):
             # Numbers that any memory allows. What is written lies behind its end.
             self.send(kind[0], self.cache.memory.end, 0)
-            side = _SIDE.setdefault(device, torch.cuda.Stream(device))
+            side = capture_stream(device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels, and lets libraries set themselves up
                 run()
@@ -197,6 +197,13 @@ class Replay:
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 run()
             self._graphs[kind] = graph
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where captures run; one for all, since cuBLAS keeps a workspace for each stream it is used on."""
+    if device not in _SIDE:
+        _SIDE[device] = torch.cuda.Stream(device)
+    return _SIDE[device]
 
 
 def bucket_of(num_tokens: int) -> int:
