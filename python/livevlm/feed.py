@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from livevlm.clips import Clip, Clips
 from livevlm.errors import StateError
+from livevlm.ingest import MOST_AHEAD
 from livevlm.staging import Staged, Staging, clip_of
 from livevlm.types import Drop
 from livevlm.video import VideoReader, open_video
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from livevlm.stream import Stream
 
 LIVE_DELAY = 0.5  # seconds; of live sources, where nothing else is said
-MOST_AHEAD = 1  # clips given to a GPU before the one being given: a question waits for them
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Feed:
         self._given.append(_Given(done, clip.arrival))
 
     def _settle(self, most: int) -> None:
-        """Waits until at most so many clips are under way on the GPU: what is queued there, a question waits for."""
+        """Waits until at most so many clips are under way on the GPU, and notes how long those before took."""
         while len(self._given) > most or (self._given and self._given[0].done is None):
             given = self._given.popleft()
             if given.done is not None:

@@ -10,7 +10,7 @@ then on replayed. It is what `LiveCache.read_clip` launches, kernel for kernel, 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from livevlm.cache import LiveCache
 
 MOST_FRAMES = 8  # a clip of more keeps the GPU busy for longer than launching takes; its graph would cost memory
+MOST_AHEAD = 1  # clips on the GPU before the one that is given to it: what is queued there, a question waits for
 WARM_CLIPS = 2  # of a kind, read eagerly first: libraries load their kernels and choose algorithms
 
 Normalise = Callable[[Tensor], Tensor] | None
@@ -52,6 +53,7 @@ class ClipReader:
         self.num_clips = self.num_replayed = 0
         self.why_eager = "no clip was read yet"
         self._failed = ""
+        self._under_way: deque[torch.cuda.Event] = deque()
         self._pool: Any = None  # of GPU memory, for the graphs of all sizes: only one of them runs at a time
         self.forget()
 
@@ -68,6 +70,8 @@ class ClipReader:
         facts = torch.cat((start, times))
         if frames.is_cuda:
             facts = facts.pin_memory()  # a copy from pinned memory does not wait for the GPU
+        while len(self._under_way) > MOST_AHEAD:
+            self._under_way.popleft().synchronize()
         captured = self._captured(frames, normalise)
         if captured is None:
             cache.read_clip(frames, facts.to(frames.device, non_blocking=True), normalise)
@@ -76,6 +80,10 @@ class ClipReader:
             captured.facts.copy_(facts, non_blocking=True)
             captured.graph.replay()
             self.num_replayed += 1
+        if frames.is_cuda:
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(frames.device))
+            self._under_way.append(done)
         self.num_clips += 1
 
     # ---------------------------------------------------------------- which clips

@@ -78,8 +78,8 @@ def _ended(part: str, system: str, metric: str, history: int, why: str) -> Row:
     return Row(part, system, metric, history, None, None, samples=0, note=why)
 
 
-def _live(subject: Subject, plan: Plan) -> Live:
-    return Live(subject, **dict(plan.settings))
+def _live(subject: Subject, plan: Plan, **settings: object) -> Live:
+    return Live(subject, **{**settings, **dict(plan.settings)})
 
 
 def encode(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
@@ -116,7 +116,7 @@ def encode(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
 def live(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
     """A stream that is really read to its end, with questions on the way."""
     device = subject.device
-    one, seen = _live(subject, plan), 0
+    one, seen = _live(subject, plan, clip_frames=CLIP), 0  # so that no room is kept for longer clips
     for history in plan.histories:
         taken = timing.milliseconds(partial(one.watch, history - seen, CLIP), device) / (history - seen)
         yield row("live", "livevlm", "encode ms/frame", [taken], history=history, frames=CLIP)
