@@ -95,6 +95,12 @@ for part in $PARTS; do
         section "$(basename "$script" .py)" timeout 300 python3 "$script" --results "$results"
       done
       ;;
+    streams)
+      for shape in 7b 0.5b; do
+        section "stream $shape" timeout 1800 python3 -c 'from livevlm.cli import main; main()' bench stream \
+          --shape "$shape" --out "$results/stream"
+      done
+      ;;
     *) failed+=("unknown part $part") ;;
   esac
 done

@@ -64,6 +64,7 @@ def test_what_a_person_reads() -> None:
 
 def test_options_reach_the_stream() -> None:
     options = "--policy recent --budget 320 --fps 0.5 --retrieval mean_key --max-new-tokens 1 --device cpu --for 30"
+    options += " --max-delay 0 --drop never"
     result = run("ask", SAMPLE, "where was the star ?", *options.split(), "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

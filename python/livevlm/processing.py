@@ -83,12 +83,13 @@ class Processor:
         resize, so there it runs in float32 and is rounded to whole levels.
         """
         size = (image_size, image_size)
-        if frames.shape[-2:] == size:
-            return frames
-        if frames.device.type == "cpu":
-            return F.interpolate(frames, size=size, mode="bicubic", antialias=True)
-        resized = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
-        return resized.round_().clamp_(0, 255).to(torch.uint8)
+        if frames.shape[-2:] != size:
+            if frames.device.type == "cpu":
+                frames = F.interpolate(frames, size=size, mode="bicubic", antialias=True)
+            else:
+                resized = F.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
+                frames = resized.round_().clamp_(0, 255).to(torch.uint8)
+        return frames.contiguous()  # whatever it was: a convolution may round otherwise in another layout
 
     def normalised(self, frames: Tensor) -> Tensor:
         """uint8 `[num_frames, 3, h, w]` as the vision tower wants it, float32."""

@@ -53,7 +53,7 @@ def open_video(source: str | os.PathLike[str], *, fps: float | None = 1.0) -> Vi
 class VideoReader:
     """An iterator of (time in seconds, frame), and a context manager; made by :func:`open_video`.
 
-    A frame is a uint8 tensor [3, H, W], RGB, turned upright if the file says how it was filmed.  Each frame
+    A frame is a uint8 tensor [3, H, W], RGB, channels last in memory, turned upright if the file says how it was filmed.  Each frame
     comes at most once: nothing is repeated where a file with a variable frame rate has none for a while.
     The first frame is at the time the file gives it, mostly 0, and the others follow from there.
 
@@ -191,7 +191,7 @@ class VideoReader:
             self.close()
             raise VideoError(f"{self.path}: the frame at {_clock(self._time)} could not be decoded")
         rgb = self._cv2.cvtColor(picture, self._cv2.COLOR_BGR2RGB)
-        return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(rgb).permute(2, 0, 1)  # pixel by pixel in memory: reordering 1080p takes 13 ms
 
     def _check_end(self) -> None:
         """Raise VideoError, once, if the last frame came much earlier than the header says it should."""
