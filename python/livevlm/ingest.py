@@ -54,7 +54,6 @@ class ClipReader:
         self.why_eager = "no clip was read yet"
         self._failed = ""
         self._under_way: deque[torch.cuda.Event] = deque()
-        self._pool: Any = None  # of GPU memory, for the graphs of all sizes: only one of them runs at a time
         self.forget()
 
     def forget(self) -> None:
@@ -62,6 +61,7 @@ class ClipReader:
         self._version = 0
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Captured] = {}
+        self._pool: Any = None  # of GPU memory, for the graphs of all sizes: only one of them runs at a time
 
     def read(self, frames: Tensor, times: Tensor, normalise: Normalise) -> None:
         """A clip on the model's device; see `LiveCache.push_unchecked`. A failure leaves no trace."""
