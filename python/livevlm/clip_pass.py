@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from livevlm.errors import ModelError
 from livevlm_kernels.layer_steps import add_rms_norm, silu_mul, store_tokens
 
 if TYPE_CHECKING:
@@ -23,14 +22,13 @@ if TYPE_CHECKING:
 def remember(cache: LiveCache, embeds: Tensor) -> slice:
     """Reads embeddings `[num_tokens, hidden]` into the cache's memory; the slots they got."""
     start, model = cache.memory.end, cache.adapter.language_model
-    try:
-        layers = cache.adapter.decoder_layers()
-    except ModelError:  # then all that is known of it is what transformers knows
+    layers = cache.clips.layers()
+    if layers is None:
         model(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
     else:
         with cache.reading(model, {"inputs_embeds": embeds[None]}):
             # The fused kernels want rows; elsewhere the layout decides in which order a norm adds up.
-            _layers(cache, layers, embeds.contiguous() if embeds.is_cuda else embeds)
+            _layers(cache, layers.all, embeds.contiguous() if embeds.is_cuda else embeds)
     return slice(start, cache.memory.end)
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from livevlm.errors import ModelError
+from livevlm.layers import Layers
 from livevlm.replay import CAPTURING, capture_stream
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class ClipReader:
         self.num_clips = self.num_replayed = 0
         self.why_eager = "no clip was read yet"
         self._failed = ""
+        self._layers: Layers | None = None
+        self._unknown = ""  # why there are none
         self._under_way: deque[torch.cuda.Event] = deque()
         self.forget()
 
@@ -86,9 +90,20 @@ class ClipReader:
             self._under_way.append(done)
         self.num_clips += 1
 
+    def layers(self) -> Layers | None:
+        """The language model's layers if they can be used one by one; None if only the whole model may be called."""
+        if self._layers is None or not self._layers.unchanged():
+            self.forget()
+            try:
+                self._layers, self._unknown = Layers(self.cache.adapter), ""
+            except ModelError as error:
+                self._layers, self._unknown = None, str(error)
+        return self._layers
+
     # ---------------------------------------------------------------- which clips
     def _captured(self, frames: Tensor, normalise: Normalise) -> _Captured | None:
         """The graph for a clip like this, or None to read it eagerly."""
+        self.layers()
         cache, memory = self.cache, self.cache.memory
         self.why_eager = self._why_not(frames)
         if self.why_eager:
@@ -117,14 +132,16 @@ class ClipReader:
             (self.cache.policy.unbounded, f"policy {config.policy!r}: no two clips attend to as many keys"),
             (config.positions == "original", "positions='original': no two clips have the same ones"),
             (frames.shape[0] > MOST_FRAMES, f"a clip of more than {MOST_FRAMES} frames"),
+            (bool(self._unknown), self._unknown),
             (bool(failed), failed),
         )
         return next((why for applies, why in reasons if applies), "")
 
     def _weights(self) -> tuple[object, ...]:
-        """Changes if the model was moved or converted."""
-        weights = (self.cache.adapter.inner.vision_tower, self.cache.adapter.language_model)
-        return tuple((w.dtype, w.data_ptr()) for w in (next(module.parameters()) for module in weights))
+        """Changes if the vision tower was moved, converted or compiled."""
+        adapter = self.cache.adapter
+        first = next(adapter.inner.vision_tower.parameters())
+        return first.dtype, first.data_ptr(), adapter.is_compiled
 
     # ---------------------------------------------------------------- capturing
     def _capture(self, key: Hashable, frames: Tensor, normalise: Normalise) -> None:

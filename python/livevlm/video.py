@@ -53,8 +53,9 @@ def open_video(source: str | os.PathLike[str], *, fps: float | None = 1.0) -> Vi
 class VideoReader:
     """An iterator of (time in seconds, frame), and a context manager; made by :func:`open_video`.
 
-    A frame is a uint8 tensor [3, H, W], RGB, channels last in memory, turned upright if the file says how it was filmed.  Each frame
-    comes at most once: nothing is repeated where a file with a variable frame rate has none for a while.
+    A frame is a uint8 tensor [3, H, W], RGB, channels last in memory, turned upright if the file says how it was
+    filmed.  Each frame comes at most once: nothing is repeated where a file with a variable frame rate has none for a
+    while.
     The first frame is at the time the file gives it, mostly 0, and the others follow from there.
 
     A live source is timed by its own timestamps where it has any, otherwise by the clock, and simply ends

@@ -91,6 +91,10 @@ class LlavaOnevisionAdapter:
     def _project(self, hidden: Tensor) -> Tensor:
         return self.inner.apply_pooling(self.inner.multi_modal_projector(hidden))
 
+    @property
+    def is_compiled(self) -> bool:
+        return bool(self._compiled)
+
     def compile_vision(self) -> None:
         """From now on the vision tower of this adapter runs compiled; the model itself is left as it is.
 
