@@ -79,13 +79,14 @@ def stream(
     from livevlm.benchmark.run import run
     from livevlm.benchmark.subject import subject_for
     from livevlm.checkpoint import find_device
-    from livevlm.cli.watch import quiet_libraries
+    from livevlm.cli.watch import quiet_libraries, set_threads
 
     quiet_libraries()
     kind = find_device(device).type
     settings = {} if budget is None else budget_settings(budget, None)
     settings |= {"compile": True} if compiled else {}
     subject = subject_for(shape or ("7b" if kind == "cuda" else "tiny"), model, str(find_device(device)))
+    set_threads(subject.model)
     plan = Plan(frames or DEFAULT_FRAMES[kind], repeats=repeats, settings=tuple(settings.items()))
     err = Console(stderr=True, highlight=False)
     with err.status("measuring") as status:

@@ -42,10 +42,14 @@ def load_quietly(name: str, device: str) -> Checkpoint:
     """`livevlm.load` without the libraries' own words."""
     quiet_libraries()
     checkpoint = load(name, device=device)
-    size = sum(weight.numel() for weight in checkpoint.model.parameters())
-    if size < SMALL_MODEL:
-        torch.set_num_threads(1)  # on a busy machine, threads that wait for each other cost a hundred times more
+    set_threads(checkpoint.model)
     return checkpoint
+
+
+def set_threads(model: torch.nn.Module) -> None:
+    """One thread for a small model: on a busy machine, threads that wait for each other cost a hundred times more."""
+    if sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def num_video_tokens(reader: VideoReader, checkpoint: Checkpoint) -> int | None:
