@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from livevlm.errors import ModelError
@@ -157,8 +158,10 @@ class ClipReader:
             # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
             side = capture_stream(frames.device)
             capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
-            with CAPTURING, torch.cuda.device(frames.device), capture:
-                cache.read_clip(static, facts, normalise)
+            with CAPTURING, torch.cuda.device(frames.device):
+                _set_up(side, memory.shape.dtype)
+                with capture:
+                    cache.read_clip(static, facts, normalise)
             stays = (memory.video_end, memory.end, queries.count)
         except Exception as error:
             if cache.config.graphs == "on":
@@ -171,3 +174,11 @@ class ClipReader:
             queries.count = before[2]
         if not self._failed and stays == before:  # else the next clip would be no repetition
             self._graphs[key] = _Captured(graph, static, facts, (memory.tensors, queries.q))
+
+
+def _set_up(stream: torch.cuda.Stream, dtype: torch.dtype) -> None:
+    """Makes the handles and workspaces of cuBLAS and cuDNN that this thread uses on a stream; a capture cannot."""
+    with torch.cuda.stream(stream):
+        x = torch.zeros((16, 16), dtype=dtype, device=stream.device)
+        torch.addmm(x[0], x, x)
+        F.conv2d(x[None, None], x[None, None])
