@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _kernels(like: Tensor) -> Any:
     """The module of Triton kernels, or None."""
-    if not like.is_cuda or not _HAS_TRITON:
+    if not like.is_cuda or not HAS_TRITON:
         return None
     from livevlm_kernels.triton import layer_steps
 

@@ -33,3 +33,22 @@ def test_layer_steps(dtype: str, arch: int) -> None:
     ):
         compiled = compile_kernel(kernel, arch, num_warps, **arguments, TILE=tile)
         assert kernel is module.fill_table_kernel or "ld.global.v" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("width", [3584, 18944])
+def test_row_products(width: int, arch: int) -> None:
+    from livevlm_kernels.triton import row_products as module
+
+    names = ("x", "weight", "out", "gate", "up", "q", "q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias")
+    arguments = {
+        **dict.fromkeys((*names, "k_slots", "v_slots"), "*bf16!"),
+        **{"place": "*i32", **dict.fromkeys(("height", "q_height", "kv_height"), "i32!")},
+        **dict.fromkeys(("num_q", "num_kv"), "i32"),
+        "WIDTH": width,
+    }
+    rows, tile, num_warps = module.plan_of(width)
+    for kernel in (module.product_kernel, module.gated_kernel, module.project_kernel):
+        few = rows // 2 if kernel is module.gated_kernel else rows
+        compiled = compile_kernel(kernel, arch, num_warps, **arguments, ROWS=few, TILE=tile)
+        assert "ld.global.v4" in compiled.asm["ptx"]

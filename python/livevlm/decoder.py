@@ -21,7 +21,7 @@ from livevlm.config import Config
 from livevlm.memory import Memory
 from livevlm.models import LlavaOnevisionAdapter
 from livevlm.retrieval import Retrieval
-from livevlm_kernels import block_attention
+from livevlm_kernels import block_attention, row_products
 from livevlm_kernels.layer_steps import add_rms_norm, fill_table, silu_mul, store_tokens
 
 
@@ -48,6 +48,7 @@ class Decoder:
         self.adapter, self.layers = adapter, layers
         self.memory, self.retrieval, self.config = memory, retrieval, config
         self.buffers, self.angles, self.backend = buffers, angles, backend
+        self.alone = all_plain(layers)  # a single row is multiplied by kernels of our own
         self.summaries = retrieval.buffer(memory) if config.retrieval != "none" else None
 
     @torch.no_grad()
@@ -81,7 +82,7 @@ class Decoder:
             delta = self._attention(index, layer.self_attn, normed, place, positions, retrieve, is_question)
             norm = layer.post_attention_layernorm
             x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
-            delta = layer.mlp.down_proj(silu_mul(layer.mlp.gate_proj(normed), layer.mlp.up_proj(normed)))
+            delta = self._mlp(layer.mlp, normed)
         assert delta is not None
         return x, delta
 
@@ -96,9 +97,13 @@ class Decoder:
         is_question: bool,
     ) -> Tensor:
         memory, buffers = self.memory, self.buffers
-        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
-        last_q = buffers.last_q[index].flatten() if is_question else None
-        store_tokens(q, k, v, memory.k[index], memory.v[index], place, last_q)
+        if self.alone and not is_question:
+            wq, wk, wv = ((part.weight, part.bias) for part in (module.q_proj, module.k_proj, module.v_proj))
+            q = row_products.project(x, wq, wk, wv, memory.k[index], memory.v[index], place)
+        else:
+            q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+            last_q = buffers.last_q[index].flatten() if is_question else None
+            store_tokens(q, k, v, memory.k[index], memory.v[index], place, last_q)
         q = q.view(x.shape[0], -1, memory.shape.head_dim)
         if retrieve:
             assert self.summaries is not None
@@ -118,4 +123,27 @@ class Decoder:
             backend=self.backend,
         )
         assert isinstance(out, Tensor)
-        return module.o_proj(out.flatten(1))
+        return self._product(module.o_proj, out.flatten(1))
+
+    def _mlp(self, mlp: Any, x: Tensor) -> Tensor:
+        if self.alone and x.shape[0] == 1:
+            gated = row_products.gated(x, mlp.gate_proj.weight, mlp.up_proj.weight)
+        else:
+            gated = silu_mul(mlp.gate_proj(x), mlp.up_proj(x))
+        return self._product(mlp.down_proj, gated)
+
+    def _product(self, module: Any, x: Tensor) -> Tensor:
+        return row_products.product(x, module.weight) if self.alone and x.shape[0] == 1 else module(x)
+
+
+def all_plain(layers: list[Any]) -> bool:
+    """Whether all weights of the layers are just that, so that kernels may read them past their modules."""
+    for layer in layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        biased = (attention.q_proj, attention.k_proj, attention.v_proj)
+        others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if not all(row_products.is_plain(part, bias=True) for part in biased):
+            return False
+        if not all(row_products.is_plain(part, bias=False) for part in others):
+            return False
+    return True

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix products of a decoder layer for a single token, with what surrounds them; see `layer_steps.py`.
+
+No public ops. Each function runs as one Triton kernel on a GPU; the eager code here is its definition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from livevlm_kernels import layer_steps
+
+
+def _kernels(like: Tensor) -> Any:
+    """The module of Triton kernels, or None."""
+    if not like.is_cuda or not layer_steps.HAS_TRITON:
+        return None
+    from livevlm_kernels.triton import row_products
+
+    return row_products
+
+
+def is_plain(module: nn.Module, *, bias: bool) -> bool:
+    """Whether a module is nothing but a contiguous weight, and a bias or none."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return "forward" not in module.__dict__ and module.weight.is_contiguous() and (module.bias is not None) == bias
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[1, width]` times weight `[height, width]` transposed -> `[1, height]`."""
+    if kernels := _kernels(x):
+        return kernels.product(x, weight)
+    return F.linear(x, weight)
+
+
+def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x gate) * (x up), `[1, height]`."""
+    if kernels := _kernels(x):
+        return kernels.gated(x, gate, up)
+    return layer_steps.silu_mul(F.linear(x, gate), F.linear(x, up))
+
+
+def project(
+    x: Tensor,
+    q: tuple[Tensor, Tensor],
+    k: tuple[Tensor, Tensor],
+    v: tuple[Tensor, Tensor],
+    k_slots: Tensor,
+    v_slots: Tensor,
+    place: Tensor,
+) -> Tensor:
+    """Queries of the token x `[1, width]`, `[1, num_qo_heads * head_dim]`; its key and value go to their slot.
+
+    Args:
+        q, k, v: weight `[height, width]` and bias `[height]`.
+        k_slots, v_slots, place: as in `layer_steps.store_tokens`.
+    """
+    if kernels := _kernels(x):
+        return kernels.project(x, q, k, v, k_slots, v_slots, place)
+    queries = F.linear(x, *q)
+    layer_steps.store_tokens(queries, F.linear(x, *k), F.linear(x, *v), k_slots, v_slots, place, None)
+    return queries

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products of a single row, with what surrounds them, against torch's in float64."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kit
+from livevlm_kernels import row_products
+from test_layer_steps import cases
+
+pytestmark = pytest.mark.parametrize(("backend", "device"), cases())
+each_shape = pytest.mark.parametrize(("height", "width"), [(30, 224), (66, 4864), (7, 18944)])
+each_dtype = pytest.mark.parametrize("dtype", kit.DTYPES)
+
+
+def module_of(backend: str) -> ModuleType:
+    if backend == "eager":
+        return row_products
+    from livevlm_kernels.triton import row_products as kernels
+
+    return kernels
+
+
+def weights(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
+    return (torch.randn(shape) / shape[-1] ** 0.5).to(device, dtype)
+
+
+def assert_close(got: Tensor, expected: Tensor) -> None:
+    """`expected` in float64: rounded at the end, and once or twice in between."""
+    error = (got.double() - expected).norm() / expected.norm()
+    assert error < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[got.dtype]
+
+
+@each_shape
+@each_dtype
+def test_product(height: int, width: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    x, weight = torch.randn(1, width).to(device, dtype), weights(dtype, device, height, width)
+    out = module_of(backend).product(x, weight)
+    assert out.shape == (1, height) and out.dtype == dtype
+    assert_close(out, F.linear(x.double(), weight.double()))
+
+
+@each_shape
+@each_dtype
+def test_gated(height: int, width: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    x, gate, up = torch.randn(1, width).to(device, dtype), *(weights(dtype, device, height, width) for _ in range(2))
+    out = module_of(backend).gated(x, gate, up)
+    assert_close(out, F.silu(F.linear(x.double(), gate.double())) * F.linear(x.double(), up.double()))
+
+
+@each_dtype
+@pytest.mark.parametrize(("q_height", "kv_height", "width"), [(30, 6, 224), (14 * 64, 2 * 64, 896)])
+def test_project(q_height: int, kv_height: int, width: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    x = torch.randn(1, width).to(device, dtype)
+    heights = (q_height, kv_height, kv_height)
+    parts = [(weights(dtype, device, h, width), weights(dtype, device, h)) for h in heights]
+    slots = [torch.full((9, 2, kv_height // 2), 7.0, dtype=dtype, device=device) for _ in range(2)]
+    place = torch.tensor([5, 6, 7, 1], dtype=torch.int32, device=device)
+    q = module_of(backend).project(x, *parts, *slots, place)
+    for got, (weight, bias) in zip((q, slots[0][5].view(1, -1), slots[1][5].view(1, -1)), parts, strict=True):
+        assert_close(got, F.linear(x.double(), weight.double(), bias.double()))
+    for pool in slots:
+        assert (pool[:5] == 7).all() and (pool[6:] == 7).all()
