@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -166,6 +167,7 @@ def test_decoding_does_not_wait_for_the_gpu(tiny: livevlm.Checkpoint, video: Syn
 
 
 def test_nothing_leaks(tiny: livevlm.Checkpoint, video: SyntheticVideo) -> None:
+    gc.collect()  # what other tests left
     stream = watching(tiny, video, policy="similarity", budget=256, retrieval="mean_key", clip_frames=4)
     used = []
     for turn in range(120):

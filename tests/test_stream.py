@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -53,6 +55,23 @@ def test_a_question_changes_nothing(
     assert first == again and first.evidence == again.evidence
     assert all(torch.equal(a, b) for a, b in zip(before, bits(stream), strict=True))
     assert stream.stats().num_video_tokens == stats.num_video_tokens
+
+
+def test_a_stream_that_nobody_has_is_gone(tiny: livevlm.Checkpoint, video: SyntheticVideo) -> None:
+    """At once, and its memory with it: on a GPU that is most of what it holds."""
+    gc.collect()
+    gc.disable()
+    try:
+        stream = Stream(tiny.model, tiny.processor, Config(budget=64, clip_frames=4))
+        stream.push(video.frames[:8])
+        stream.ask("star")
+        with stream.watching((8.0 + i, f) for i, f in enumerate(video.frames[8:12])) as feed:
+            feed.wait()
+        memory, cache = weakref.ref(stream.cache.memory), weakref.ref(stream.cache)
+        del stream, feed
+        assert (memory(), cache()) == (None, None)
+    finally:
+        gc.enable()
 
 
 def test_repeated_questions_are_bit_equal(tiny: livevlm.Checkpoint, video: SyntheticVideo) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class _LiveLayer(CacheLayerMixin):
 
     def __init__(self, cache: LiveCache, layer: int) -> None:
         super().__init__()
-        self.handle = KVHandle(cache, layer)
+        self.handle = KVHandle(weakref.proxy(cache), layer)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -10,6 +10,7 @@ then on replayed. It is what `LiveCache.read_clip` launches, kernel for kernel, 
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from livevlm.errors import ModelError
 from livevlm.layers import Layers
-from livevlm.replay import CAPTURING, capture_stream
+from livevlm.replay import capture_stream, capturing
 
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
@@ -52,7 +53,7 @@ class ClipReader:
     """
 
     def __init__(self, cache: LiveCache) -> None:
-        self.cache = cache
+        self.cache: LiveCache = weakref.proxy(cache)
         self.num_clips = self.num_replayed = 0
         self.why_eager = "no clip was read yet"
         self._failed = ""
@@ -158,7 +159,7 @@ class ClipReader:
             # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
             side = capture_stream(frames.device)
             capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
-            with CAPTURING, torch.cuda.device(frames.device):
+            with capturing(frames.device):
                 _set_up(side, memory.shape.dtype)
                 with capture:
                     cache.read_clip(static, facts, normalise)

@@ -7,8 +7,11 @@ its summaries, the table of angles or the model's weights have moved.
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 Kind = tuple[int, bool]  # rows of a pass, and whether they choose the blocks that are attended to
 TOKEN: Kind = (1, False)
 
-CAPTURING = threading.Lock()  # one capture at a time
+_CAPTURING = threading.Lock()
 _SIDE: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -41,7 +44,8 @@ class Replay:
     """
 
     def __init__(self, cache: LiveCache, *, capture: bool = True) -> None:
-        self.cache, self.capture = cache, capture
+        self.cache: LiveCache = weakref.proxy(cache)  # no cycle: a cache that nobody has lets go of its GPU memory
+        self.capture = capture
         self.buffers: Buffers | None = None
         self._decoder: Decoder | None = None
         self._layers: Layers | None = None
@@ -184,7 +188,7 @@ class Replay:
         if not self.capture or kind in self._graphs:
             return
         run, device = self._pass(kind), self.cache.memory.shape.device
-        with CAPTURING, torch.cuda.device(device):
+        with capturing(device):
             # Numbers that any memory allows. What is written lies behind its end.
             self.send(kind[0], self.cache.memory.end, 0)
             side = capture_stream(device)
@@ -197,6 +201,19 @@ class Replay:
             with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 run()
             self._graphs[kind] = graph
+
+
+@contextmanager
+def capturing(device: torch.device) -> Iterator[None]:
+    """Around a capture: one at a time, and no collecting of garbage, as a graph that goes away would end it."""
+    with _CAPTURING, torch.cuda.device(device):
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 def capture_stream(device: torch.device) -> torch.cuda.Stream:

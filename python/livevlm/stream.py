@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import time as clock
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
@@ -86,7 +87,7 @@ class Stream:
         self.cache = LiveCache(model, self.config)
         self.frame_size: tuple[int, ...] | None = None  # height and width of its frames as they were given
         self.gate = Gate()
-        self._feed: Feed | None = None
+        self._feed: Callable[[], Feed | None] = lambda: None  # a weak reference: a feed has its stream
         self._time: float | None = None
         self._encode_seconds = 0.0
         self._num_questions = self._num_dropped_frames = self._num_dropped_before = 0
@@ -111,7 +112,7 @@ class Stream:
             FrameError: unusable frames or times, or frames of another size than before; nothing was read.
             StateError: an answer is being generated, or a source is being watched.
         """
-        if self._feed is not None and not self._feed.ended:
+        if self._watching:
             raise StateError("a source is being watched; close that before pushing frames of another")
         batch = as_frames(frames)
         size = tuple(batch.shape[-2:])
@@ -164,7 +165,7 @@ class Stream:
             StateError: another source is being watched.
             VideoError: the source cannot be opened.
         """
-        if self._feed is not None and not self._feed.ended:
+        if self._watching:
             raise StateError("another source is being watched; close it first")
         for name, value, least in (
             ("clip_frames", clip_frames, 1), ("queue_frames", queue_frames, 1), ("max_delay", max_delay, 0),
@@ -175,8 +176,14 @@ class Stream:
             raise ConfigError(f"drop={drop!r} is unknown; allowed: {', '.join(get_args(Drop))}")
         options: Any = {"fps": fps, "clip_frames": clip_frames, "max_delay": max_delay, "drop": drop}
         self._num_dropped_before = self._num_dropped_frames
-        self._feed = Feed(self, source, queue_frames=queue_frames, start=start, **options)
-        return self._feed
+        feed = Feed(self, source, queue_frames=queue_frames, start=start, **options)
+        self._feed = weakref.ref(feed)
+        return feed
+
+    @property
+    def _watching(self) -> bool:
+        feed = self._feed()
+        return feed is not None and not feed.ended
 
     def read_staged(self, frames: Tensor, times: Sequence[float], num_dropped: int = 0) -> None:
         """A clip from `livevlm.staging`; `num_dropped` frames of its source have been left out so far."""
