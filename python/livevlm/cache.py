@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class _LiveLayer(CacheLayerMixin):
 
     def __init__(self, cache: LiveCache, layer: int) -> None:
         super().__init__()
-        self.handle = KVHandle(weakref.proxy(cache), layer)
+        self.handle = KVHandle(cast(Any, weakref.proxy(cache)), layer)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

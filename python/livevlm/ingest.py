@@ -14,7 +14,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class ClipReader:
     """
 
     def __init__(self, cache: LiveCache) -> None:
-        self.cache: LiveCache = weakref.proxy(cache)
+        self.cache: LiveCache = cast(Any, weakref.proxy(cache))
         self.num_clips = self.num_replayed = 0
         self.why_eager = "no clip was read yet"
         self._failed = ""

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ class Replay:
     """
 
     def __init__(self, cache: LiveCache, *, capture: bool = True) -> None:
-        self.cache: LiveCache = weakref.proxy(cache)  # no cycle: a cache that nobody has lets go of its GPU memory
+        self.cache: LiveCache = cast(
+            Any, weakref.proxy(cache)
+        )  # no cycle: a cache that nobody has lets go of its GPU memory
         self.capture = capture
         self.buffers: Buffers | None = None
         self._decoder: Decoder | None = None
