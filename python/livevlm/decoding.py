@@ -143,12 +143,15 @@ def _replayed(
             token = sampler(buffers.logits)
         buffers.token.copy_(token)
         to_host.send(token)
-        if count < max_new_tokens:
+        # Not ahead of the first token: launching hundreds of kernels behind a whole question waits for most of it.
+        if 1 < count < max_new_tokens:
             replay.read_token()
         token_id = to_host.receive()
         if token_id in stop:
             break
         yield token_id
+        if 1 == count < max_new_tokens:
+            replay.read_token()
     if want_mass and memory.shape.num_layers > FIRST_LAYER:
         turn.looks = last_look(cache, buffers, start + embeds.shape[0])
 
