@@ -91,7 +91,7 @@ def cases(device: str) -> list[Case]:
     result += [Case(small, 1, n, 16, b) for small in others for n in lengths for b in batches[:2]]
     result += [Case(large, 32, n, every_peer=n == 5120) for n in (5120, 12288)]
     result += [Case(small, 32, 12288) for small in others]
-    return [*result, *(Case(large, n, 12288 + n) for n in (1568, 6272))]
+    return [*result, *(Case(large, n, 12288 + n) for n in (196, 1568, 6272))]
 
 
 # ---------------------------------------------------------------- providers

@@ -72,19 +72,15 @@ void dispatch_gathered(const BlockAttention& op, Body body) {
   });
 }
 
-// Blocks of sequences with at most so many rows gather tiles; others share images. On Hopper these are those
-// with splits, on other GPUs those that would not repay images. So the choice follows from the sequence
-// alone.
-inline int32_t gathered_rows(const AttentionKernel& kernel) {
-  if (!uses_warpgroups()) return 4 * kManyRows;
-  return std::max(kernel.most_splits / 2, 1) * kManyRows;  // see splits_of_rows
-}
+// Blocks of sequences with at most so many rows gather tiles, as they would not repay images; others share
+// these. So the choice follows from the sequence alone.
+inline constexpr int32_t kGatheredRows = 4 * kManyRows;
 
 // Whether a sequence may have more. Of quantised pools all need images: codes are widened once.
 inline bool may_need_images(const AttentionKernel& kernel) {
   const BlockAttention& op = kernel.op;
   if (op.format != PoolFormat::kFloats) return true;
-  return (op.cu_seqlens_q ? op.total_q : op.total_q / op.batch) * op.group_size > gathered_rows(kernel);
+  return (op.cu_seqlens_q ? op.total_q : op.total_q / op.batch) * op.group_size > kGatheredRows;
 }
 
 inline bool tiles_fit(const BlockAttention& op) {
@@ -163,7 +159,7 @@ void launch_attend_tiles(const TileAttention& tiles, cudaStream_t stream) {
 // result, others what combine_splits_kernel needs; rows outside of all sequences get none.
 inline void launch_tiles(AttentionKernel kernel, void* workspace, cudaStream_t stream) {
   const int32_t fewest = kernel.min_rows;
-  const int32_t gathered = kernel.op.format == PoolFormat::kFloats ? gathered_rows(kernel) : fewest - 1;
+  const int32_t gathered = kernel.op.format == PoolFormat::kFloats ? kGatheredRows : fewest - 1;
   if (may_need_images(kernel)) {
     kernel.min_rows = std::max(fewest, gathered + 1);
     dispatch_tiles(kernel.op, [&](auto config) {
@@ -176,6 +172,8 @@ inline void launch_tiles(AttentionKernel kernel, void* workspace, cudaStream_t s
   }
   if (gathered < fewest) return;
   kernel.min_rows = fewest, kernel.max_rows = gathered;
+  // Where all of them have so many splits, these do not follow from lengths: no division by what is loaded.
+  if (splits_of_rows(kernel, gathered) > kernel.even_splits) kernel.even_splits = 1;
   dispatch_gathered(kernel.op, [&](auto config) {
     using C = typename decltype(config)::type;
     launch_attend_tiles<C>(tile_attention<C>(kernel, nullptr), stream);

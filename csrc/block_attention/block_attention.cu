@@ -102,8 +102,8 @@ int64_t plan_found(AttentionKernel& kernel) {
     return op.batch * kernel.found_region;
   }
   // Many rows have few splits: see splits_of_rows.
-  const int64_t region =
-      std::max<int64_t>(int64_t{kernel.tile_splits} * kManyRows, rows * kernel.even_splits);
+  const int64_t busy = int64_t{kernel.tile_splits} * kManyRows;
+  const int64_t region = std::clamp(rows * kernel.even_splits, busy, kEvenWaves * busy);
   const int64_t packed = rows * kernel.num_found.value;
   kernel.found_region = op.batch * region < packed ? region : 0;
   return std::min(op.batch * region, packed);
@@ -135,10 +135,12 @@ Plan plan(const BlockAttention& op, char* workspace) {
   kernel.most_splits = most_splits(op);
   kernel.most_parts = Divisor(int64_t{kernel.most_splits} * kParts);
   kernel.tile_splits = kernel.most_splits, kernel.half_rows = 0, kernel.even_splits = 1;
-  if (plan.many && !uses_warpgroups()) {  // two thread blocks fit a multiprocessor
-    const int64_t fit = 2 * device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
+  if (plan.many) {
+    const int64_t blocks = uses_warpgroups() ? 1 : 2;  // of a multiprocessor
+    const int64_t fit = blocks * device_attribute(cudaDevAttrMultiProcessorCount) / op.num_heads;
     kernel.tile_splits = static_cast<int32_t>(std::max<int64_t>(fit, 1));
-    kernel.half_rows = gathered_rows(kernel), kernel.even_splits = std::min(3, kernel.most_splits);
+    kernel.half_rows = uses_warpgroups() ? 0 : kGatheredRows;
+    kernel.even_splits = std::min(3, kernel.most_splits);
   }
   kernel.num_splits = static_cast<int32_t>(
       std::min<int64_t>(kernel.most_splits, ceil_div(op.max_blocks * op.block_size, kStepKeys * kParts)));

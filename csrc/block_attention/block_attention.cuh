@@ -71,6 +71,8 @@ inline constexpr int32_t kFewest = 32;
 
 // Sequences of many rows with fewer keys than this are not worth even_splits.
 inline constexpr int64_t kEvenKeys = 4096;
+// Nor are those whose thread blocks run in more waves: the last one is a small part of them.
+inline constexpr int64_t kEvenWaves = 6;
 
 // Splits of a sequence: many rows need few of them to keep a GPU busy.
 __host__ __device__ inline int64_t splits_of_rows(const AttentionKernel& p, int64_t rows,
@@ -83,7 +85,7 @@ __host__ __device__ inline int64_t splits_of_rows(const AttentionKernel& p, int6
   if (keys < kEvenKeys) return best;
   // Thread blocks run in waves of equal length. A further split costs time, too: an eighth is to be gained.
   const auto waves = [&](int64_t splits) { return (tiles * splits + p.tile_splits - 1) / p.tile_splits; };
-  for (int64_t more = best + 1; more <= p.even_splits && waves(more) <= 6; ++more) {
+  for (int64_t more = best + 1; more <= p.even_splits && waves(more) <= kEvenWaves; ++more) {
     if (9 * waves(more) * best <= 8 * waves(best) * more) best = more;
   }
   return best;
