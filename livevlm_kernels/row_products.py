@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix products of a decoder layer for a single token, with what surrounds them; see `layer_steps.py`.
+"""The matrix products of a decoder layer for one token or few, with what surrounds them; see `layer_steps.py`.
 
 No public ops. Each function runs as one Triton kernel on a GPU; the eager code here is its definition.
 """
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from livevlm_kernels import layer_steps
+
+MOST_ROWS = 64  # that `project` has kernels for
 
 
 def _kernels(like: Tensor) -> Any:
@@ -52,15 +54,21 @@ def project(
     k_slots: Tensor,
     v_slots: Tensor,
     place: Tensor,
+    last_q: Tensor | None,
 ) -> Tensor:
-    """Queries of the token x `[1, width]`, `[1, num_qo_heads * head_dim]`; its key and value go to their slot.
+    """Queries of tokens x `[rows, width]`, `[rows, num_qo_heads * head_dim]`; keys and values go to their slots.
 
     Args:
         q, k, v: weight `[height, width]` and bias `[height]`.
-        k_slots, v_slots, place: as in `layer_steps.store_tokens`.
+        k_slots, v_slots, place, last_q: as in `layer_steps.store_tokens`.
     """
-    if kernels := _kernels(x):
+    kernels = _kernels(x)
+    if kernels and x.shape[0] == 1 and last_q is None:
         return kernels.project(x, q, k, v, k_slots, v_slots, place)
+    if kernels and x.shape[0] <= MOST_ROWS:
+        from livevlm_kernels.triton import few_row_products
+
+        return few_row_products.project(x, q, k, v, k_slots, v_slots, place, last_q)
     queries = F.linear(x, *q)
-    layer_steps.store_tokens(queries, F.linear(x, *k), F.linear(x, *v), k_slots, v_slots, place, None)
+    layer_steps.store_tokens(queries, F.linear(x, *k), F.linear(x, *v), k_slots, v_slots, place, last_q)
     return queries

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a single row, with what surrounds them, against torch's in float64."""
+"""Matrix products of one row or few, with what surrounds them, against torch's in float64."""
 
 from __future__ import annotations
 
@@ -63,8 +63,46 @@ def test_project(q_height: int, kv_height: int, width: int, dtype: torch.dtype, 
     parts = [(weights(dtype, device, h, width), weights(dtype, device, h)) for h in heights]
     slots = [torch.full((9, 2, kv_height // 2), 7.0, dtype=dtype, device=device) for _ in range(2)]
     place = torch.tensor([5, 6, 7, 1], dtype=torch.int32, device=device)
-    q = module_of(backend).project(x, *parts, *slots, place)
+    last = () if backend == "triton" else (None,)
+    q = module_of(backend).project(x, *parts, *slots, place, *last)
     for got, (weight, bias) in zip((q, slots[0][5].view(1, -1), slots[1][5].view(1, -1)), parts, strict=True):
         assert_close(got, F.linear(x.double(), weight.double(), bias.double()))
     for pool in slots:
         assert (pool[:5] == 7).all() and (pool[6:] == 7).all()
+
+
+@each_dtype
+@pytest.mark.parametrize("has_last", [True, False])
+@pytest.mark.parametrize(
+    ("num_rows", "q_height", "kv_height", "width"),
+    [(2, 30, 6, 224), (33, 66, 34, 300)] if kit.SLOW else [(2, 30, 6, 224), (32, 66, 34, 896), (64, 3584, 512, 3584)],
+)
+def test_project_rows(
+    num_rows: int, q_height: int, kv_height: int, width: int, has_last: bool, dtype: torch.dtype, backend: str,
+    device: str,
+) -> None:  # fmt: skip
+    x = torch.randn(num_rows, width).to(device, dtype)
+    heights = (q_height, kv_height, kv_height)
+    parts = [(weights(dtype, device, h, width), weights(dtype, device, h)) for h in heights]
+    slots = [torch.full((num_rows + 9, 2, kv_height // 2), 7.0, dtype=dtype, device=device) for _ in range(2)]
+    num_tokens = num_rows - 1
+    place = torch.tensor([5, 6, 7, num_tokens], dtype=torch.int32, device=device)
+    last_q = torch.zeros(q_height, dtype=dtype, device=device) if has_last else None
+    if backend == "triton":
+        from livevlm_kernels.triton import few_row_products
+
+        project = few_row_products.project
+    else:
+        project = row_products.project
+    q = project(x, *parts, *slots, place, last_q)
+    keys, values = (pool[5 : 5 + num_rows].flatten(1) for pool in slots)
+    expected = [F.linear(x.double(), weight.double(), bias.double()) for weight, bias in parts]
+    assert_close(keys, expected[1])
+    assert_close(values, expected[2])
+    for pool in slots:
+        assert (pool[:5] == 7).all() and (pool[5 + num_rows :] == 7).all()
+    if last_q is not None:
+        assert_close(last_q, expected[0][num_tokens - 1])
+        assert (q[num_tokens:] == 0).all()
+    count = num_tokens if has_last else num_rows
+    assert_close(q[:count], expected[0][:count])

@@ -52,3 +52,19 @@ def test_row_products(width: int, arch: int) -> None:
         few = rows // 2 if kernel is module.gated_kernel else rows
         compiled = compile_kernel(kernel, arch, num_warps, **arguments, ROWS=few, TILE=tile)
         assert "ld.global.v4" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_few_row_products(arch: int) -> None:
+    from livevlm_kernels.triton import few_row_products as module
+
+    names = ("x", "q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "q", "k_slots", "v_slots", "last_q")
+    arguments = {
+        **dict.fromkeys(names, "*bf16!"),
+        **{"place": "*i32", **dict.fromkeys(("q_height", "kv_height"), "i32!")},
+        **dict.fromkeys(("num_rows", "num_q", "num_kv"), "i32"),
+        **{"WIDTH": 3584, "ROWS": 32, "HEIGHT": module.HEIGHT, "DEPTH": module.DEPTH, "STAGES": module.STAGES},
+        **{"HAS_LAST": True, "WIDEN": False},
+    }
+    compiled = compile_kernel(module.project_rows_kernel, arch, module.WARPS, **arguments)
+    assert "cp.async" in compiled.asm["ptx"] and ("mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"])

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from livevlm_kernels.triton._interpreter import INTERPRETED
 from livevlm_kernels.triton._order import rank_of
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot does not know bfloat16
 
 
 @triton.jit

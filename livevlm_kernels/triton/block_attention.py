@@ -8,7 +8,6 @@ all but the smallest, a first kernel looks up where keys are. A last kernel comb
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from livevlm_kernels.triton._attention_kernel import block_attention_kernel
 from livevlm_kernels.triton._combine import combine_kernel, rows_at_once
+from livevlm_kernels.triton._interpreter import INTERPRETED
 from livevlm_kernels.triton._sequences import PROGRAMS, Tile, bounds
 from livevlm_kernels.triton._slots import FLAT_TILE, flatten_kernel
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot does not know bfloat16
 
 
 def tiles_of(

@@ -9,7 +9,6 @@ a KV head are the rows of one matrix: row r is query r // GROUP, head r % GROUP.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from livevlm_kernels.triton._interpreter import INTERPRETED
 from livevlm_kernels.triton._keys import cache_rows, logits_of
 from livevlm_kernels.triton._row_sums import combine_kernel, row_sums_kernel, rows_of_queries
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # its dot does not know bfloat16
 KEYS_PER_SPLIT = 1024  # a constant: a row's sum must not depend on the rest of the batch
 
 

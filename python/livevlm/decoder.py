@@ -97,12 +97,12 @@ class Decoder:
         is_question: bool,
     ) -> Tensor:
         memory, buffers = self.memory, self.buffers
-        if self.alone and not is_question:
+        last_q = buffers.last_q[index].flatten() if is_question else None
+        if self.alone:
             wq, wk, wv = ((part.weight, part.bias) for part in (module.q_proj, module.k_proj, module.v_proj))
-            q = row_products.project(x, wq, wk, wv, memory.k[index], memory.v[index], place)
+            q = row_products.project(x, wq, wk, wv, memory.k[index], memory.v[index], place, last_q)
         else:
             q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
-            last_q = buffers.last_q[index].flatten() if is_question else None
             store_tokens(q, k, v, memory.k[index], memory.v[index], place, last_q)
         q = q.view(x.shape[0], -1, memory.shape.head_dim)
         if retrieve:
