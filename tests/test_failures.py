@@ -114,6 +114,26 @@ def test_an_interrupt_while_tokens_move_is_not_hidden(policy: str, monkeypatch: 
     assert torch.equal(answer(cache), answer(running(policy)))
 
 
+def test_growing_without_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = running("full")
+    before, zeros, room = content(cache), torch.zeros, [0]
+
+    def limited(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if args[0][1] > room[0]:
+            raise torch.OutOfMemoryError("no more")
+        return zeros(*args, **kwargs)
+
+    slots = cache.memory.num_slots
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", limited)
+        with pytest.raises(torch.OutOfMemoryError, match=r"no room for 1\d\d\d tokens .* nothing was lost"):
+            cache.memory.reserve(1000)
+        assert same(cache, before) and cache.memory.num_slots == slots
+        room[0] = 1280  # less than half as much again
+        cache.memory.reserve(1000)
+    assert same(cache, before) and slots < cache.memory.num_slots <= 1280
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_growing_that_fails_changes_nothing(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     cache = running("full")

@@ -13,7 +13,7 @@ import livevlm
 from livevlm import Config, LiveCache, Stream
 from livevlm.synthetic import generate
 from streams import PROMPT, pixels, real_config, times, tiny_random
-from test_parity import FULL, clip_sizes, stock, streamed
+from test_parity import FULL, ask, clip_sizes, stock, streamed
 
 pytestmark = pytest.mark.cuda
 
@@ -67,6 +67,31 @@ def test_gpu_memory_is_flat() -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert len(set(used[20:])) == 1, used
+
+
+def test_out_of_gpu_memory_while_growing() -> None:
+    """Really so: the process may have a few megabytes more, and policy "full" needs more than that."""
+    model = tiny_random().cuda()
+    cache = LiveCache(model, Config(policy="full", retrieval="none", clip_frames=64))
+    cache.prefill_prompt(PROMPT)
+    clip = pixels(64).cuda()
+    cache.push(clip, times(64))
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64e6) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="nothing was lost"):
+            for start in range(64, 64 * 4000, 64):
+                cache.push(clip, times(64, start))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    seen, kept = cache.num_frames, cache.memory.k[:, : cache.memory.end].clone()
+    assert cache.memory.num_video_tokens == 4 * seen and cache.memory.num_new_tokens == 0
+    assert ask(cache).isfinite().all()
+    assert torch.equal(cache.memory.k[:, : cache.memory.end], kept)
+    cache.push(clip, times(64, seen))
+    assert cache.num_frames == seen + 64
 
 
 def test_a_real_shape_with_default_settings() -> None:

@@ -138,10 +138,25 @@ class Memory:
         self.peak_bytes = max(self.peak_bytes, self.bytes_allocated)
 
     def reserve(self, num_new: int) -> None:
-        """Makes room for `num_new` more provisional tokens. Grows by half at least, so that growing stays cheap."""
+        """Makes room for `num_new` more provisional tokens. Grows by half if it can, so that growing stays cheap.
+
+        Raises:
+            torch.OutOfMemoryError: there is no such room; nothing has changed.
+        """
         needed = self.end + num_new
-        if needed > self.num_slots:
+        if needed <= self.num_slots:
+            return
+        try:
             self._allocate(max(needed, self.num_slots * 3 // 2))
+        except torch.OutOfMemoryError:
+            try:
+                self._allocate(needed)
+            except torch.OutOfMemoryError as error:
+                more = needed * self.shape.bytes_per_token / 2**30
+                raise torch.OutOfMemoryError(
+                    f"no room for {needed} tokens of keys and values, {more:.2f} GiB, beside the {self.end} that are "
+                    f"there; nothing was lost. Give Config a policy that forgets, or a smaller budget. ({error})"
+                ) from error
 
     # ---------------------------------------------------------------- writing
     def begin(self, num_new: int, first_position: int | Tensor) -> slice:
