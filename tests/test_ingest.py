@@ -82,20 +82,3 @@ def test_what_is_not_replayed_says_why(settings: dict[str, Any], num_frames: int
     for _ in range(5):
         stream.push(generate(num_frames, seed=1)[0].frames)
     assert why in stream.stats().why_eager and stream.stats().num_replayed_clips == 0
-
-
-def test_a_compiled_vision_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Any] = []
-
-    def compile(part: Any) -> Any:
-        compiled.append(part)
-        return part
-
-    monkeypatch.setattr(torch, "compile", compile)
-    model, processor, _ = livevlm.load("tiny", device="cpu")
-    frames = generate(8, seed=1)[0].frames
-    streams = [Stream(model, processor, Config(policy="recent", compile=c)) for c in (True, False)]
-    for stream in streams:
-        stream.push(frames)
-    assert len(compiled) == model.config.vision_config.num_hidden_layers + 2
-    assert all(torch.equal(a, b) for a, b in zip(*map(bits, streams), strict=True))

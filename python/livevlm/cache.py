@@ -98,8 +98,6 @@ class LiveCache(Cache):
     def __init__(self, model: nn.Module, config: Config | None = None) -> None:
         self.config = config or Config()
         self.adapter = adapter_for(model)
-        if self.config.compile:
-            self.adapter.compile_vision()
         shape = self.adapter.kv_shape()
         if shape.dtype not in FLOATS and self.config.policy != "full":
             allowed = "float32, float16 or bfloat16"

@@ -66,8 +66,6 @@ class Config:
             256 tokens; `stats().graphs` says what happened. Reading does the same with short clips, once the memory is
             full; see `stats().why_eager`. "on": an error where model, device or settings do not
             allow it, or capturing fails. "off": never.
-        compile: run the vision tower through `torch.compile`: faster, but the first clips take up to a minute longer,
-            and results differ by rounding.
         max_new_tokens: longest answer, 128 (ours).
     """
 
@@ -93,7 +91,6 @@ class Config:
     positions: Positions = "packed"
     attention: Attention = "auto"
     graphs: Graphs = "auto"
-    compile: bool = False
     max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -125,8 +122,6 @@ class Config:
         for name in ("scatter_ratio", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
-        if not isinstance(self.compile, bool):
-            raise ConfigError(f"compile={self.compile!r} must be True or False")
         if self.max_memory is not None:
             parse_bytes(self.max_memory)
 

@@ -26,6 +26,7 @@ from livevlm.replay import capture_stream, capturing
 
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
+    from livevlm.models.vision import Vision
 
 MOST_FRAMES = 8  # a clip of more keeps the GPU busy for longer than launching takes; its graph would cost memory
 MOST_AHEAD = 1  # clips on the GPU before the one that is given to it: what is queued there, a question waits for
@@ -59,6 +60,7 @@ class ClipReader:
         self._failed = ""
         self._layers: Layers | None = None
         self._unknown = ""  # why there are none
+        self._vision: Vision | None = None
         self._under_way: deque[torch.cuda.Event] = deque()
         self.forget()
 
@@ -107,14 +109,18 @@ class ClipReader:
         """The graph for a clip like this, or None to read it eagerly."""
         self.layers()
         cache, memory = self.cache, self.cache.memory
-        self.why_eager = self._why_not(frames)
+        vision = cache.adapter.vision()
+        if vision is not self._vision:  # moved, converted, hooked: graphs hold its addresses
+            self.forget()
+            self._vision = vision
+        self.why_eager = self._why_not(frames) or vision.hooked
         if self.why_eager:
             return None
         if memory.version != self._version:
             self.forget()
             self._version = memory.version
         where = (memory.video_start, memory.end, cache.queries.count)
-        key = (frames.shape[0], frames.dtype, normalise, where, self._weights())
+        key = (frames.shape[0], frames.dtype, normalise, where)
         if key not in self._graphs:
             self._seen[key] += 1
             if self._seen[key] <= WARM_CLIPS:
@@ -138,12 +144,6 @@ class ClipReader:
             (bool(failed), failed),
         )
         return next((why for applies, why in reasons if applies), "")
-
-    def _weights(self) -> tuple[object, ...]:
-        """Changes if the vision tower was moved, converted or compiled."""
-        adapter = self.cache.adapter
-        first = next(adapter.inner.vision_tower.parameters())
-        return first.dtype, first.data_ptr(), adapter.is_compiled
 
     # ---------------------------------------------------------------- capturing
     def _capture(self, key: Hashable, frames: Tensor, normalise: Normalise) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules whose weights captured passes refer to, and whether they are still the same ones."""
+"""The decoder layers whose weights captured passes refer to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from livevlm.errors import ModelError
 from livevlm.models import LlavaOnevisionAdapter
+from livevlm.watched import Watched
 
 
 class Layers:
@@ -18,29 +19,16 @@ class Layers:
         all: the layers, first to last.
 
     Raises:
-        ModelError: the adapter knows no such layers, or hooks (or a method put in the place of `forward`) watch over a
-            module: captured passes would not call them.
+        ModelError: the adapter knows no such layers, or hooks watch over a module.
     """
 
     def __init__(self, adapter: LlavaOnevisionAdapter) -> None:
         self.all: list[Any] = adapter.decoder_layers()
         roots: list[nn.Module] = [adapter.language_model.get_input_embeddings(), adapter.language_model.norm]
-        modules = [module for root in (*roots, adapter.model.lm_head, *self.all) for module in root.modules()]
-        # Dictionaries that belong to modules: looking into these is many times faster than asking the modules.
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._weights = [(m._parameters, name) for m in modules for name, w in m._parameters.items() if w is not None]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._own = [m.__dict__ for m in modules]
-        for module in modules:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                raise ModelError(f"a {type(module).__name__} has hooks")
-        self._addresses = self._where()
-
-    def _where(self) -> list[int]:
-        return [weights[name].data_ptr() for weights, name in self._weights]
+        self._watched = Watched((*roots, adapter.model.lm_head, *self.all))
+        if self._watched.hooked:
+            raise ModelError(self._watched.hooked)
 
     def unchanged(self) -> bool:
-        """Whether modules and weights' addresses are what they were, without hooks; some microseconds a layer."""
-        same = all(children.get(name) is child for children, name, child in self._children)
-        hooked = any(self._hooks) or any("forward" in own for own in self._own)
-        return same and not hooked and self._where() == self._addresses
+        """Whether modules and weights' addresses are what they were, without hooks."""
+        return self._watched.unchanged()

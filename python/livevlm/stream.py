@@ -49,6 +49,7 @@ class StreamStats:
         num_dropped_frames: frames of live sources that were left out because reading was slower; see `Stream.watching`.
         num_clips: clips read, and `num_replayed_clips` of them as CUDA graphs.
         why_eager: why the newest clip was not one, if it was not.
+        vision: how frames are embedded: "by hand", or "modules: why", by transformers' own.
     """
 
     num_frames: int
@@ -66,6 +67,7 @@ class StreamStats:
     num_clips: int
     num_replayed_clips: int
     why_eager: str
+    vision: str
 
 
 class Stream:
@@ -324,6 +326,7 @@ class Stream:
             num_clips=self.cache.clips.num_clips,
             num_replayed_clips=self.cache.clips.num_replayed,
             why_eager=self.cache.clips.why_eager,
+            vision=self.cache.adapter.vision().said,
         )
 
 

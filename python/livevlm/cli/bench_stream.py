@@ -37,7 +37,6 @@ def chosen_parts(text: str) -> list[str]:
 @click.option("--limit", type=float, default=240.0, show_default=True, help="Seconds for each part.")
 @click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Samples of each figure.")
 @click.option("--budget", metavar="N|SIZE", help="Memory of livevlm: tokens, or bytes (2GiB).")
-@click.option("--compile/--no-compile", "compiled", default=False, help="Compile the vision tower.  [default: no]")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -56,7 +55,6 @@ def stream(
     limit: float,
     repeats: int,
     budget: str | None,
-    compiled: bool,
     out: Path,
     plots: bool,
 ) -> None:
@@ -84,7 +82,6 @@ def stream(
     quiet_libraries()
     kind = find_device(device).type
     settings = {} if budget is None else budget_settings(budget, None)
-    settings |= {"compile": True} if compiled else {}
     subject = subject_for(shape or ("7b" if kind == "cuda" else "tiny"), model, str(find_device(device)))
     set_threads(subject.model)
     plan = Plan(frames or DEFAULT_FRAMES[kind], repeats=repeats, settings=tuple(settings.items()))

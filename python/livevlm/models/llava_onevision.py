@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from livevlm.errors import ModelError
 from livevlm.memory import KVShape
-
-VISION_FRAMES = 8  # on a GPU, more at once are not faster a frame, but take more memory
+from livevlm.models.vision import Vision
 
 
 class LlavaOnevisionAdapter:
@@ -46,8 +45,7 @@ class LlavaOnevisionAdapter:
         devices = {str(weight.device) for weight in self.language_model.parameters()}
         if len(devices) > 1:
             raise ModelError(f"the language model is spread over {', '.join(sorted(devices))}; one device is supported")
-        self._compiled: list[Any] = []
-        self._lean = config.vision_feature_layer == -1 and config.vision_feature_select_strategy == "full"
+        self._vision: Vision | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,48 +59,17 @@ class LlavaOnevisionAdapter:
         return KVShape(self.num_layers, self.num_qo_heads, self.num_kv_heads, self.head_dim, self.dtype, self.device)
 
     def embed_frames(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels `[num_frames, 3, image_size, image_size]` -> `[num_frames * tokens_per_frame, hidden]`.
-
-        The lean path is bit-equal to `get_video_features` without keeping every hidden state of the vision tower
-        (45 MB a frame at the 7B shape); checkpoints that read another layer take the stock path.
-        """
+        """Normalised pixels `[num_frames, 3, image_size, image_size]` -> `[num_frames * tokens_per_frame, hidden]`."""
         pixel_values = pixel_values.to(self.device, self.dtype)
-        if self._lean:
-            at_once = VISION_FRAMES if pixel_values.is_cuda else pixel_values.shape[0]
-            parts = [self._features(part) for part in pixel_values.split(at_once)]
-            features = torch.cat(parts) if len(parts) > 1 else parts[0]
-        else:
-            features = self.inner.get_video_features(pixel_values[None]).pooler_output
+        features = self.vision().embed(pixel_values)
         # Later versions of transformers let get_video_features append the newline that ends a video: not wanted yet.
         return features.reshape(-1, features.shape[-1])[: pixel_values.shape[0] * self.tokens_per_frame]
 
-    def _features(self, pixel_values: Tensor) -> Tensor:
-        """The lean path: `[num_frames, tokens_per_frame, hidden]`."""
-        tower = self.inner.vision_tower
-        if not self._compiled:
-            hidden = tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state
-            return self._project(hidden)
-        first, *layers, last = self._compiled
-        hidden = first(pixel_values)
-        for layer in layers:
-            hidden = layer(hidden, None)
-        return last(hidden)
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        return self.inner.apply_pooling(self.inner.multi_modal_projector(hidden))
-
-    @property
-    def is_compiled(self) -> bool:
-        return bool(self._compiled)
-
-    def compile_vision(self) -> None:
-        """From now on the vision tower of this adapter runs compiled; the model itself is left as it is.
-
-        Layer by layer: all layers are one piece of code, which is compiled once.
-        """
-        tower = self.inner.vision_tower
-        parts = (tower.embeddings, *tower.encoder.layers, self._project)
-        self._compiled = [torch.compile(part) for part in parts] if self._lean else []
+    def vision(self) -> Vision:
+        """How frames are embedded; another object if modules, weights, hooks or settings are not what they were."""
+        if self._vision is None or not self._vision.unchanged():
+            self._vision = Vision(self.inner)
+        return self._vision
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Token ids `[num_tokens]` -> `[num_tokens, hidden]`."""
