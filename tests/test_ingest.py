@@ -82,3 +82,23 @@ def test_what_is_not_replayed_says_why(settings: dict[str, Any], num_frames: int
     for _ in range(5):
         stream.push(generate(num_frames, seed=1)[0].frames)
     assert why in stream.stats().why_eager and stream.stats().num_replayed_clips == 0
+
+
+def test_what_replays_would_not_notice(pretended: None) -> None:
+    """Hooks on the vision tower are called for every clip; weights that moved are where a graph does not look."""
+    model, processor, _ = livevlm.load("tiny", device="cpu")
+    stream, tower = Stream(model, processor, Config(policy="recent", budget=160)), model.model.vision_tower
+    frames, calls = generate(1, seed=1)[0].frames, []
+
+    def push(count: int) -> str:
+        for _ in range(count):
+            stream.push(frames)
+        return stream.stats().why_eager
+
+    assert push(15) == ""
+    handle = tower.encoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    assert push(4) == "a SiglipEncoderLayer has hooks" and len(calls) == 4
+    handle.remove()
+    assert push(1) == "too few clips like this one yet" and push(WARM_CLIPS) == ""
+    tower.embeddings.position_embedding.weight.data = tower.embeddings.position_embedding.weight.data.clone()
+    assert push(1) == "too few clips like this one yet" and push(WARM_CLIPS) == ""

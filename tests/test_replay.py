@@ -194,6 +194,8 @@ def test_where_graphs_are_not_possible(tiny: livevlm.Checkpoint) -> None:
     handle = cache.adapter.language_model.layers[1].mlp.register_forward_hook(lambda *args: None)
     assert Replay(cache, capture=False).said == "off: a Qwen2MLP has hooks"
     handle.remove()
+    tokens = torch.zeros((1, 3), dtype=torch.int64)
+    cache.adapter.language_model(tokens, output_hidden_states=True)  # leaves hooks, which do nothing in other calls
     replay, kinds = Replay(cache, capture=False), [(3, False)]
     assert replay.said == "on" and replay.can_answer(kinds, 1)
     decoder = replay._decoder

@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 import livevlm
 from livevlm.models import adapter_for, siglip
 from livevlm.models.vision import AT_ONCE, Vision, pooling_matrix, project_and_pool, unknown
-from streams import pixels, tiny_random
+from streams import pixels, real_config, tiny_random
 
 
 def by_hand(inner: Any, frames: Tensor) -> Tensor:
@@ -205,8 +206,47 @@ def test_gradients_come_from_the_modules(anywhere: None) -> None:
 
 
 @torch.no_grad()
-def test_a_cpu_and_float32_compute_by_modules() -> None:
+def test_a_cpu_computes_by_modules() -> None:
+    """Whose bits it keeps, as transformers keeps them."""
     model = tiny_random()
     adapter = adapter_for(model)
     assert torch.equal(adapter.embed_frames(pixels(3)), stock(model.model, pixels(3)))
     assert adapter.vision().said == "modules: cpu"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gelu_in_a_product_is_the_form_with_tanh(dtype: torch.dtype) -> None:
+    """Left of zero, where both forms are small, and 16 bits enough to tell them apart."""
+    linear = nn.Linear(64, 64).to("cuda", dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(64))
+        linear.bias.zero_()
+        x = torch.linspace(-3, -1.5, 64 * 64, device="cuda", dtype=dtype).view(1, 64, 64)
+        got = siglip._gelu(linear, x).double()
+    tanh, erf = (F.gelu(x.double(), approximate=form) for form in ("tanh", "none"))
+    assert float((got - tanh).abs().max()) < 2e-3
+    assert off(got, tanh) < off(got, erf)
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_real_tower_on_a_gpu(dtype: torch.dtype) -> None:
+    """Sizes of SigLIP: 27 x 27 patches, head_dim 72; three layers. As close to float32 as the modules are."""
+    config = real_config("0.5B")
+    config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers = 3, 1
+    with torch.device("cuda"):
+        model = LlavaOnevisionForConditionalGeneration._from_config(config, dtype=dtype).eval()
+        frames = torch.randn(AT_ONCE + 1, 3, 384, 384).to(dtype)
+    adapter = adapter_for(model)
+    assert adapter.vision().said == "by hand"
+    mine = {count: adapter.embed_frames(frames[:count]) for count in (1, AT_ONCE, AT_ONCE + 1)}
+    theirs = stock(model.model, frames)
+    exact = stock(model.model.float(), frames.float())
+    for count, found in mine.items():
+        tokens = count * adapter.tokens_per_frame
+        assert found.dtype == dtype and len(found) == tokens
+        assert off(found, exact[:tokens]) < 1.3 * off(theirs[:tokens], exact[:tokens])
+    assert torch.equal(mine[AT_ONCE], mine[AT_ONCE + 1][: len(mine[AT_ONCE])])
+    assert adapter.vision().said == "modules: float32"
