@@ -211,7 +211,7 @@ class LiveCache(Cache):
 
     @torch.no_grad()
     def push(self, pixel_values: Tensor, times: Tensor) -> None:
-        """Reads frames and keeps the memory within its budget.
+        """Reads frames and keeps the memory within its budget and what may pile up above it, see `Config.slack`.
 
         Args:
             pixel_values: normalised pixels, `[num_frames, 3, image_size, image_size]`.
@@ -235,21 +235,51 @@ class LiveCache(Cache):
 
     @torch.no_grad()
     def push_unchecked(
-        self, frames: Tensor, times: Tensor, normalise: Callable[[Tensor], Tensor] | None = None
+        self,
+        frames: Tensor,
+        times: Tensor,
+        normalise: Callable[[Tensor], Tensor] | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
         """`push` without its look at every value, for which the host would wait.
 
         Args:
             frames: what `push` takes, or what `normalise` makes that from: pixels as bytes, which cannot be NaN.
             times: float64 on the CPU.
+            at_once: compress the memory after each clip, also after small ones: see `Config.slack`.
         """
         clip = self.config.clip_frames
+        at_once = at_once or frames.shape[0] >= clip
         with self._exclusively():
             for start in range(0, frames.shape[0], clip):
                 part = frames[start : start + clip].to(self.memory.shape.device)
-                self.clips.read(part, times[start : start + clip], normalise)
-                self.retrieval.memory_changed()
-                self.num_frames += part.shape[0]
+                self._read_clip(part, times[start : start + clip], normalise, at_once)
+
+    def _read_clip(
+        self, frames: Tensor, times: Tensor, normalise: Callable[[Tensor], Tensor] | None, at_once: bool
+    ) -> None:
+        """Reads a clip; compresses the memory before that if it would hold too much, and after it if it does.
+
+        A failure before the clip is read leaves no trace but that of a compression that was complete.
+        """
+        memory, policy = self.memory, self.policy
+        held, num_new = memory.num_video_tokens, frames.shape[0] * self.adapter.tokens_per_frame
+        self.retrieval.memory_changed()
+        try:
+            if held > self.budget and held + num_new > policy.most_tokens:
+                policy.compress(memory, self.queries, self.rope)
+                memory.commit_video()
+            self.clips.read(frames, times, normalise)
+            if at_once or policy.each_clip or policy.num_video_tokens(memory) > policy.most_tokens:
+                policy.compress(memory, self.queries, self.rope)
+        except BaseException:
+            memory.rollback()
+            self.queries.rollback()
+            raise
+        memory.commit_video()
+        self.queries.commit()
+        self.num_frames += frames.shape[0]
 
     def read_clip(self, frames: Tensor, facts: Tensor, normalise: Callable[[Tensor], Tensor] | None) -> None:
         """One clip from pixels to the compressed memory; `ClipReader` calls this, or replays what it launched.
@@ -269,15 +299,8 @@ class LiveCache(Cache):
             of_each = torch.stack((torch.arange(num_frames, device=device) + facts[1], facts[2:]))
             frame, time = of_each.repeat_interleave(per_frame, dim=1)
             memory.describe(where, frame, torch.arange(per_frame, device=device).repeat(num_frames), time)
-            self.policy.compress(memory, self.queries, self.rope, where)
-        except BaseException:
-            memory.rollback()
-            self.queries.rollback()
-            raise
         finally:
             self._facts = None
-        memory.commit_video()
-        self.queries.commit()
 
     # ---------------------------------------------------------------- questions
     def _require_idle(self) -> None:

@@ -30,10 +30,16 @@ class Config:
         policy: how the memory is kept within its budget. "vision_sink" (LiveVLM v2, Vision Sink Bucketing),
             "clip_merge" (LiveVLM v1), "similarity" (InfiniPot-V, arXiv 2506.15745), and the baselines "recent",
             "uniform" and "full" (keeps everything, unbounded).
-        budget: video tokens kept per layer. 12,000 (LiveVLM v2). The prompt and the question come on top.
+        budget: video tokens that are left per layer when the memory is compressed. 12,000 (LiveVLM v2). The prompt and
+            the question come on top.
         max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`.
         clip_frames: most frames that go through the language model at once, 32 (LiveVLM v2, repo). Attention inside a
             clip is full; the memory may exceed its budget by one clip while the clip is being read.
+        slack: how far clips of fewer than `clip_frames` frames may pile up above the budget before the memory is
+            compressed to its budget again, as a share of the budget, 0.4 (ours); never more than `clip_frames` frames.
+            Compressing costs as much after one frame as after many. A question sees whatever is there, so up to
+            `budget * (1 + slack)` tokens. 0: compress after every clip. Pushes of `clip_frames` frames or more are
+            always followed by it, and so is every clip of "clip_merge", which merges each by itself.
         recent_frames: newest frames that are never evicted and always attended to, 2 (LiveVLM v2, repo).
         scope: "layer": every layer keeps its own tokens (LiveVLM v2, as far as is known); "shared": scores are averaged
             over layers and all layers keep the same tokens (ours).
@@ -73,6 +79,7 @@ class Config:
     budget: int = 12_000
     max_memory: int | str | None = None
     clip_frames: int = 32
+    slack: float = 0.4
     recent_frames: int = 2
     scope: Scope = "layer"
     num_score_queries: int = 64
@@ -113,13 +120,13 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("clip_keep_ratio", "recent_ratio", "retrieval_ratio", "scatter_ratio", "alpha"):
+        for name in ("clip_keep_ratio", "recent_ratio", "retrieval_ratio", "scatter_ratio", "alpha", "slack"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")
         for name in ("clip_keep_ratio", "recent_ratio", "retrieval_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be above 0 and at most 1")
-        for name in ("scatter_ratio", "alpha"):
+        for name in ("scatter_ratio", "alpha", "slack"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must lie between 0 and 1")
         if self.max_memory is not None:

@@ -36,10 +36,11 @@ class StreamStats:
     Attributes:
         num_frames: frames seen.
         seconds: time of the newest frame.
-        num_video_tokens: video tokens kept per layer.
+        num_video_tokens: video tokens held per layer: of clips smaller than `Config.clip_frames`, up to
+            `budget * (1 + slack)`; else up to `budget`.
         num_seen_tokens: video tokens that ever went through the model.
-        budget: most video tokens kept; None with policy "full".
-        kv_bytes: keys and values kept, all layers.
+        budget: most video tokens that a compression leaves; None with policy "full".
+        kv_bytes: keys and values held, all layers.
         allocated_bytes: all tensors of the memory, room for the next clip and question included.
         peak_bytes: most bytes ever allocated.
         encode_seconds: time spent reading frames.
@@ -126,7 +127,8 @@ class Stream:
         adapter, clip = self.cache.adapter, self.config.clip_frames
         for first in range(0, batch.shape[0], clip):
             part = batch[first : first + clip].to(adapter.device)
-            self._read(self.processor.resized(part, adapter.image_size), stamps[first : first + clip])
+            resized = self.processor.resized(part, adapter.image_size)
+            self._read(resized, stamps[first : first + clip], at_once=batch.shape[0] >= clip)
             self.frame_size = size
 
     def watching(
@@ -192,12 +194,12 @@ class Stream:
         self._read(frames, self._times(times, frames.shape[0]))
         self._num_dropped_frames = self._num_dropped_before + num_dropped
 
-    def _read(self, frames: Tensor, stamps: Tensor) -> None:
-        """Reads a clip, uint8 in the model's size on its device."""
+    def _read(self, frames: Tensor, stamps: Tensor, *, at_once: bool = False) -> None:
+        """Reads a clip, uint8 in the model's size on its device; see `LiveCache.push_unchecked`."""
         start = clock.perf_counter()
         if not self.cache.num_frames:
             self.cache.prefill_prompt(self.processor.prompt("?")[0])
-        self.cache.push_unchecked(frames, stamps, self.processor.normalised)
+        self.cache.push_unchecked(frames, stamps, self.processor.normalised, at_once=at_once)
         self._time = float(stamps[-1])
         self._encode_seconds += clock.perf_counter() - start
 

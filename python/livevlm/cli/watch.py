@@ -157,8 +157,8 @@ class Session:
 
     def _memory(self) -> str:
         stats = self.stream.stats()
-        of = "" if stats.budget is None else f" of {stats.budget}"
-        return f"{stats.num_video_tokens}{of} tokens, {format_bytes(stats.kv_bytes)}"
+        budget = "" if stats.budget is None else f" (budget {stats.budget})"
+        return f"{stats.num_video_tokens} tokens{budget}, {format_bytes(stats.kv_bytes)}"
 
     # ---------------------------------------------------------------- asking
     def _ask(self, question: str) -> None:

@@ -67,10 +67,12 @@ class Policy(ABC):
 
     Attributes:
         num_queries: newest vision queries the policy wants to see.
+        most_tokens: video tokens that may be held when no clip is being read: the budget, and what may pile up.
+        each_clip: wants to see every clip by itself, so nothing piles up.
         unbounded: the memory grows with the stream.
     """
 
-    unbounded = False
+    unbounded = each_clip = False
 
     def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
         self.config = config
@@ -78,14 +80,19 @@ class Policy(ABC):
         self.tokens_per_frame = tokens_per_frame
         self.recent = config.recent_tokens(budget, tokens_per_frame)
         self.num_queries = 0
+        room = min(int(config.slack * budget), config.clip_frames * tokens_per_frame)
+        self.most_tokens = budget if self.each_clip else budget + room
 
     @abstractmethod
-    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
-        """Called after every clip, before it is committed.
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
+        """Leaves at most `budget` video tokens, the newest frames among them.
+
+        Called after a clip, before it is committed: its tokens are then the provisional ones. Unless `each_clip` is
+        set, also between clips, when there are none.
 
         Args:
-            memory: its video tokens include the clip, in the slots `clip`.
-            queries: see `QueryWindow`; includes the clip's.
+            memory: what to compress; its newest video tokens are those that `queries` belong to.
+            queries: see `QueryWindow`.
             rope: the model's rotary embedding.
         """
 

@@ -21,13 +21,15 @@ from livevlm_kernels import merge_tokens, select_tokens
 
 
 class ClipMerge(Policy):
+    each_clip = True
+
     def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
         super().__init__(config, budget, tokens_per_frame)
         self.num_queries = config.num_score_queries
 
-    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         # The frames that were newest when the previous clip was compressed are still whole, right before this clip.
-        start = max(memory.video_start, clip.start - self.recent)
+        start = max(memory.video_start, memory.video_end - self.recent)
         stop = memory.end - self.recent
         if stop > start:
             scores = attention_scores(memory, queries, rope, self.config, first_slot=start)

@@ -9,5 +9,5 @@ from livevlm.rope import Rope
 class Full(Policy):
     unbounded = True
 
-    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         """Nothing is evicted."""

@@ -9,7 +9,7 @@ from livevlm.rope import Rope
 
 
 class Recent(Policy):
-    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         count = self.num_video_tokens(memory)
         if count > self.budget:
             newest = torch.arange(count - self.budget, count, dtype=torch.int32, device=memory.k.device)

@@ -12,7 +12,7 @@ from livevlm_kernels import evict_similar
 
 
 class Similarity(Policy):
-    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         if self.num_video_tokens(memory) <= self.budget:
             return
         k, v, *facts = (memory.video(tensor) for tensor in memory.tensors)

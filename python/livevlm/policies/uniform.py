@@ -16,7 +16,7 @@ from livevlm_kernels import select_tokens
 
 
 class Uniform(Policy):
-    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         if self.num_video_tokens(memory) <= self.budget:
             return
         frame = memory.video(memory.frame)

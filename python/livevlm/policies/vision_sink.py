@@ -21,7 +21,7 @@ class VisionSink(Policy):
         super().__init__(config, budget, tokens_per_frame)
         self.num_queries = config.num_score_queries
 
-    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope, clip: slice) -> None:
+    def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         if self.num_video_tokens(memory) <= self.budget:
             return
         config = self.config
