@@ -12,6 +12,7 @@ transformers round, and works wherever Triton does not.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,6 +72,24 @@ def store_tokens(
         num_tokens = place[3:4].long()
         last_q.copy_(q.index_select(0, num_tokens - 1)[0])
         q.masked_fill_((row >= num_tokens)[:, None], 0)
+
+
+def describe_tokens(facts: Tensor, tokens_per_frame: int, known: Sequence[Tensor]) -> None:
+    """Writes what is known of a clip's tokens into their slots, for all layers.
+
+    Args:
+        facts: float64 `[6 + num_frames]`: the four numbers of a `place`, then the first token's position in the stream
+            and the index of its frame, then the time of each frame.
+        known: position, frame, slot in the frame (int32), time (float64) and size (float32), each
+            `[num_layers, num_slots]`, contiguous.
+    """
+    if kernels := _kernels(facts):
+        return kernels.describe_tokens(facts, tokens_per_frame, known)
+    token = torch.arange((facts.shape[0] - 6) * tokens_per_frame, device=facts.device)
+    frame = token // tokens_per_frame
+    parts = (token + facts[4], frame + facts[5], token % tokens_per_frame, facts[6:][frame], torch.ones_like(token))
+    for tensor, part in zip(known, parts, strict=True):
+        tensor.index_copy_(1, token + facts[0].long(), part.to(tensor.dtype).expand(tensor.shape[0], -1))
 
 
 def fill_table(selected: Tensor, choice: Tensor, table: Tensor) -> None:

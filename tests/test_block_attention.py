@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import kit
-from livevlm_kernels import ArgumentError, block_attention, merge_states
+from livevlm_kernels import ArgumentError, backends, block_attention, merge_states
 from livevlm_kernels.reference import _chunks
 
 each_backend = pytest.mark.parametrize(("backend", "device"), kit.cases("block_attention"))
@@ -354,6 +354,21 @@ def test_clips_over_many_keys_on_cuda(ragged):
         problem.seq_lens[ragged : ragged + 1], return_lse=True, backend="cuda",
     )  # fmt: skip
     assert torch.equal(alone[0], out[mine]) and torch.equal(alone[1], lse[mine])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("lengths", [(60, 900), (196, 2500), (700, 6000), (1568, 3000)])
+def test_clips_do_not_depend_on_how_wide_the_table_is_on_cuda(lengths):
+    """A graph of a clip has a table of all blocks, whatever is in them."""
+    problem = Problem((1200, 16, 28, 4, 128), [lengths], "cuda", torch.bfloat16)
+    rest = torch.arange(1200, dtype=torch.int32, device="cuda")[None]
+    for backend in {"cuda", "triton"} & set(backends("block_attention", "cuda")):
+        results = [
+            block_attention(problem.q, problem.k, problem.v, table, problem.seq_lens, backend=backend)
+            for table in (problem.table[:, : -(-lengths[1] // 16)], torch.cat((problem.table, rest), dim=1))
+        ]
+        assert torch.equal(*results), backend
 
 
 @each_backend

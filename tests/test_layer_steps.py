@@ -96,6 +96,27 @@ def test_store_tokens(num_tokens: int, dtype: torch.dtype, backend: str, device:
 
 
 @each_case
+def test_describe_tokens(backend: str, device: str) -> None:
+    layers, slots, per_frame, times = 3, 40, 7, [2.5, 1e9 + 0.25]
+    known = [torch.full((layers, slots), -9, dtype=torch.int32, device=device) for _ in range(3)]
+    known += [torch.full((layers, slots), -9, dtype=dtype, device=device) for dtype in (torch.float64, torch.float32)]
+    before = [tensor.clone() for tensor in known]
+    facts = torch.tensor([11, 99, 99, 14, 2**24 + 1, 2**24 + 3, *times], dtype=torch.float64, device=device)
+    steps(backend).describe_tokens(facts, per_frame, known)
+    token = torch.arange(14, device=device)
+    expected = (
+        token + 2**24 + 1,
+        token // 7 + 2**24 + 3,
+        token % 7,
+        torch.tensor(times, dtype=torch.float64, device=device)[token // 7],
+        torch.ones_like(token),
+    )
+    for got, old, new in zip(known, before, expected, strict=True):
+        assert torch.equal(got[:, 11:25], new.to(got.dtype).expand(layers, -1))
+        assert torch.equal(got[:, :11], old[:, :11]) and torch.equal(got[:, 25:], old[:, 25:])
+
+
+@each_case
 @pytest.mark.parametrize(
     ("first", "candidates", "chosen"),
     [(0, 0, []), (1, 6, [0, 2, 5]), (2, 6, [0, 1, 2, 3, 4, 5]), (1, 1, []), (1, 6, [1, -1, -1])],

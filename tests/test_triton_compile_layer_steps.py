@@ -24,15 +24,21 @@ def test_layer_steps(dtype: str, arch: int) -> None:
         **dict.fromkeys(("place", "selected", "choice", "table"), "*i32"),
         **dict.fromkeys(("hidden", "numel", "q_width", "kv_width"), "i32!"),
         **{"most": "i32", "num_blocks": "i32", "eps": "fp32", "HAS_DELTA": True, "HAS_LAST": True},
+        **dict.fromkeys(("position", "frame", "slot"), "*i32"),
+        **{"facts": "*fp64", "time": "*fp64", "size": "*fp32"},
+        **dict.fromkeys(("num_tokens", "tokens_per_frame", "num_slots"), "i32"),
     }
     for kernel, tile, num_warps in (
         (module.add_rms_norm_kernel, 4096, 16),
         (module.silu_mul_kernel, module.TILE, 4),
         (module.store_tokens_kernel, module.TILE, 4),
         (module.fill_table_kernel, module.TILE, 4),
+        (module.describe_tokens_kernel, module.TILE, 4),
     ):
         compiled = compile_kernel(kernel, arch, num_warps, **arguments, TILE=tile)
-        assert kernel is module.fill_table_kernel or "ld.global.v" in compiled.asm["ptx"]
+        assert (
+            kernel in (module.fill_table_kernel, module.describe_tokens_kernel) or "ld.global.v" in compiled.asm["ptx"]
+        )
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -6,6 +6,8 @@ Sums and products are rounded to the dtype of the tensors exactly where the eage
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -108,6 +110,32 @@ def store_tokens(
             q, k, v, k_slots, v_slots, place, q if last_q is None else last_q, q_width, kv_width,
             HAS_LAST=last_q is not None, TILE=tile,
         )  # fmt: skip
+
+
+@triton.jit
+def describe_tokens_kernel(
+    facts, position, frame, slot, time, size, num_tokens, tokens_per_frame, num_slots, TILE: tl.constexpr
+):
+    # One program: TILE tokens in one layer.
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = token < num_tokens
+    at = tl.program_id(1).to(tl.int64) * num_slots + tl.load(facts).to(tl.int64) + token
+    own = token // tokens_per_frame
+    tl.store(position + at, tl.load(facts + 4).to(tl.int32) + token, mask=mask)
+    tl.store(frame + at, tl.load(facts + 5).to(tl.int32) + own, mask=mask)
+    tl.store(slot + at, token - own * tokens_per_frame, mask=mask)
+    tl.store(time + at, tl.load(facts + 6 + own, mask=mask), mask=mask)
+    tl.store(size + at, tl.full([TILE], 1.0, tl.float32), mask=mask)
+
+
+def describe_tokens(facts: Tensor, tokens_per_frame: int, known: Sequence[Tensor]) -> None:
+    """facts [6 + num_frames] -> each of known [L, S]."""
+    num_layers, num_slots = known[0].shape
+    num_tokens = (facts.shape[0] - 6) * tokens_per_frame
+    with torch.cuda.device_of(facts):
+        describe_tokens_kernel[(triton.cdiv(num_tokens, TILE), num_layers)](
+            facts, *known, num_tokens, tokens_per_frame, num_slots, TILE=TILE
+        )
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from livevlm.config import Config
 from livevlm.evidence import FIRST_LAYER, Looks
-from livevlm.memory import Memory
+from livevlm.memory import KVShape, Memory
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
 from livevlm_kernels import backends, block_attention, score_tokens
@@ -41,6 +41,28 @@ class Turn:
         return self.looks
 
 
+def backend_for(config: Config, shape: KVShape, num_new: int, last_position: int) -> str | None:
+    """Of `block_attention`, to read `num_new` tokens; None: gather keys and values for PyTorch's attention."""
+    if config.attention != "auto":
+        return None if config.attention == "sdpa" else config.attention
+    if shape.device.type != "cuda" or shape.dtype == torch.float32:
+        return None
+    if config.positions == "original" and last_position > MOST_ANGLES:
+        return None  # a table of angles must not grow with the stream
+    fastest = backends("block_attention", shape.device)[0]
+    if fastest == "reference":
+        return None
+    # The CUDA kernels for many queries are for these head sizes; the other one reads keys again and again.
+    many = shape.head_dim in (64, 128)
+    return "auto" if fastest != "cuda" or many or num_new <= FEW_QUERIES else None
+
+
+def angles_for(config: Config, memory: Memory, rope: Rope, last_position: int) -> Tensor:
+    """The table of angles for reading in place. Packed, it stays the same one until the memory grows."""
+    count = memory.num_slots if config.positions == "packed" else last_position
+    return rope.table(count, memory.shape.dtype, memory.shape.device)
+
+
 class Read:
     """One forward pass. The tokens being read are the memory's provisional ones, `where`."""
 
@@ -55,32 +77,17 @@ class Read:
         *,
         turn: Turn | None,
         observe: Callable[[int, Tensor], None] | None,
+        place: Tensor | None,
     ) -> None:
         self.memory, self.rope, self.config, self.retrieval = memory, rope, config, retrieval
         self.where = where
         self.first_position = first_position  # in the stream, of the first token being read
         self.turn, self.observe = turn, observe
+        self.place = place  # of a clip, on the device: what a graph of it must not know from the host
         self.num_new = where.stop - where.start
         self.retrieves = turn is not None and (bool(turn.blocks) or retrieval.is_needed(memory))
-        self.backend = self._backend()
+        self.backend = backend_for(config, memory.shape, self.num_new, first_position + self.num_new)
         self._shared: dict[str, Tensor] = {}  # what is the same in every layer
-
-    def _backend(self) -> str | None:
-        """Of `block_attention`; None: gather the keys and values and use PyTorch's attention."""
-        chosen = self.config.attention
-        if chosen != "auto":
-            return None if chosen == "sdpa" else chosen
-        shape = self.memory.shape
-        if shape.device.type != "cuda" or shape.dtype == torch.float32:
-            return None
-        if self.config.positions == "original" and self.first_position + self.num_new > MOST_ANGLES:
-            return None  # a table of angles must not grow with the stream
-        fastest = backends("block_attention", shape.device)[0]
-        if fastest == "reference":
-            return None
-        # The CUDA kernels for many queries are for these head sizes; the other one reads keys again and again.
-        many = shape.head_dim in (64, 128)
-        return "auto" if fastest != "cuda" or many or self.num_new <= FEW_QUERIES else None
 
     def attend(self, module: nn.Module, query: Tensor, layer: int, scaling: float) -> Tensor:
         """query `[1, num_qo_heads, num_new, head_dim]`, un-rotated -> `[1, num_new, num_qo_heads, head_dim]`."""
@@ -128,36 +135,40 @@ class Read:
 
     @property
     def _all_blocks(self) -> Tensor:
-        if "blocks" not in self._shared:
-            memory = self.memory
-            count = -(-memory.end // memory.block_size)
-            self._shared["blocks"] = torch.arange(count, dtype=torch.int32, device=memory.shape.device)
-        return self._shared["blocks"]
+        memory = self.memory
+        return memory.block_numbers[: -(-memory.end // memory.block_size)]
 
     # ---------------------------------------------------------------- in place
     def _attend_in_place(self, layer: int, q: Tensor, table: Tensor | None, scaling: float) -> Tensor:
-        memory, packed = self.memory, self.config.positions == "packed"
-        shape, count = memory.shape, self._num_slots
-        first = count - self.num_new if packed else self.first_position
+        memory = self.memory
         if "seq_lens" not in self._shared:
-            own = torch.arange(first, first + self.num_new, dtype=torch.int32, device=shape.device)
-            self._shared["q_positions"] = own
-            self._shared["seq_lens"] = torch.full((1,), count, dtype=torch.int32, device=shape.device)
+            self._shared["seq_lens"], self._shared["q_positions"] = self._lengths()
+        if table is None:  # lengths on the device bound what is seen; a graph's table must do for all lengths
+            table = self._all_blocks if self.place is None else memory.block_numbers
         out = block_attention(
             q,
             memory.blocks(memory.k, layer),
             memory.blocks(memory.v, layer),
-            (self._all_blocks if table is None else table)[None],
+            table[None],
             self._shared["seq_lens"],
             positions=memory.blocks(memory.position, layer),
-            cos_sin_cache=self.rope.table(first + self.num_new, shape.dtype, shape.device),
+            cos_sin_cache=angles_for(self.config, memory, self.rope, self.first_position + self.num_new),
             q_positions=self._shared["q_positions"],
-            packed=packed,
+            packed=self.config.positions == "packed",
             sm_scale=scaling,
             backend=self.backend or "auto",
         )
         assert isinstance(out, Tensor)
         return out
+
+    def _lengths(self) -> tuple[Tensor, Tensor]:
+        """Keys attended to, int32 `[1]`, and where the queries are rotated, int32 `[num_new]`."""
+        device, count = self.memory.shape.device, self._num_slots
+        rows = torch.arange(self.num_new, dtype=torch.int32, device=device)
+        if self.place is not None:
+            return self.place[1:2], rows + self.place[2:3]
+        first = count - self.num_new if self.config.positions == "packed" else self.first_position
+        return torch.full((1,), count, dtype=torch.int32, device=device), rows + first
 
     # ---------------------------------------------------------------- gathered
     def _gathered(self, layer: int, q: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

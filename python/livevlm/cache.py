@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from livevlm import hooks
 from livevlm.attention import Read, Turn
-from livevlm.clip_pass import remember
+from livevlm.clip_pass import Clip, remember
 from livevlm.config import Config
 from livevlm.errors import ConfigError, FrameError, QuestionError, StateError
 from livevlm.generate import checked_generate
@@ -117,7 +117,7 @@ class LiveCache(Cache):
         self.read: Read | None = None
         self._turn: Turn | None = None
         self._doing: Literal["read", "answer"] | None = None
-        self._facts: Tensor | None = None  # of the clip being read
+        self.clip: Clip | None = None  # being read
         self.prompt: Tensor | None = None  # token ids read before the video
         self.clips = ClipReader(self)
         self._new_memory()
@@ -151,8 +151,10 @@ class LiveCache(Cache):
             self.begin_question()
         start = self.memory.end
         try:
-            first_position = self.num_stream_tokens + self.memory.num_new_tokens
-            where = self.memory.begin(tokens.shape[1], first_position if self._facts is None else self._facts[0])
+            first_position, clip = self.num_stream_tokens, self.clip
+            if clip is None:
+                first_position += self.memory.num_new_tokens
+            where = self.memory.begin(tokens.shape[1], first_position) if clip is None else clip.where
             self.read = Read(
                 self.memory,
                 self.rope,
@@ -161,7 +163,8 @@ class LiveCache(Cache):
                 where,
                 first_position,
                 turn=self._turn if is_question else None,
-                observe=None if is_question else self.queries.observe,
+                observe=None if clip is None else self.queries.observe,
+                place=None if clip is None else clip.place,
             )
             yield
         except BaseException:
@@ -202,7 +205,6 @@ class LiveCache(Cache):
             if token_ids.numel():
                 try:
                     remember(self, self.adapter.embed_tokens(token_ids))
-                    self.queries.rollback()  # text: no vision queries
                     self.memory.commit_prompt()
                 except BaseException:
                     self.memory.rollback()
@@ -280,27 +282,6 @@ class LiveCache(Cache):
         memory.commit_video()
         self.queries.commit()
         self.num_frames += frames.shape[0]
-
-    def read_clip(self, frames: Tensor, facts: Tensor, normalise: Callable[[Tensor], Tensor] | None) -> None:
-        """One clip from pixels to the compressed memory; `ClipReader` calls this, or replays what it launched.
-
-        What differs between two clips of the same size, once the memory is full, is in `frames` and `facts` alone.
-
-        Args:
-            facts: float64 `[2 + num_frames]` on the device: place of the clip's first token in the stream, index of
-                its first frame, and the time of each frame.
-        """
-        memory, per_frame, device = self.memory, self.adapter.tokens_per_frame, facts.device
-        num_frames = frames.shape[0]
-        self._facts = facts
-        try:
-            pixels = frames if normalise is None else normalise(frames)
-            where = remember(self, self.adapter.embed_frames(pixels))
-            of_each = torch.stack((torch.arange(num_frames, device=device) + facts[1], facts[2:]))
-            frame, time = of_each.repeat_interleave(per_frame, dim=1)
-            memory.describe(where, frame, torch.arange(per_frame, device=device).repeat(num_frames), time)
-        finally:
-            self._facts = None
 
     # ---------------------------------------------------------------- questions
     def _require_idle(self) -> None:

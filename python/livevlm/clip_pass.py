@@ -4,10 +4,15 @@
 The stock model's own modules do everything that has weights, and what lies between them is fused and rounds where
 they do (`livevlm_kernels/layer_steps.py`), so keys and values are the same as those of the stock model. It ends with
 the keys and values of the last layer: nothing reads what that layer would make of them.
+
+Where a clip stands (its slots, how many keys it sees, its place in the stream) is read from the device: launches
+depend on the number of its frames alone. Only where keys are gathered for PyTorch's attention, lengths are the host's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +23,52 @@ from livevlm_kernels.layer_steps import add_rms_norm, silu_mul, store_tokens
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
 
+NUM_PLACES = 6  # numbers in a clip's facts, before the times of its frames
 
-def remember(cache: LiveCache, embeds: Tensor) -> slice:
-    """Reads embeddings `[num_tokens, hidden]` into the cache's memory; the slots they got."""
-    start, model = cache.memory.end, cache.adapter.language_model
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip being read.
+
+    Attributes:
+        where: its slots, as far as the host knows: what is captured must not look.
+        place: of the pass, int32 `[4]` on the device; see `livevlm_kernels/layer_steps.py`.
+    """
+
+    where: slice
+    place: Tensor
+
+
+def facts_of(cache: LiveCache, times: Tensor) -> Tensor:
+    """All that differs between clips of a size, of the next one: float64, on the host; see `describe_tokens`."""
+    start, position = cache.memory.end, cache.num_stream_tokens
+    count = times.shape[0] * cache.adapter.tokens_per_frame
+    first = start if cache.config.positions == "packed" else position  # where its first query is rotated
+    numbers = (start, start + count, first, count, position, cache.num_frames)
+    return torch.cat((torch.tensor(numbers, dtype=torch.float64), times))
+
+
+def read_clip(
+    cache: LiveCache, frames: Tensor, facts: Tensor, where: slice, normalise: Callable[[Tensor], Tensor] | None
+) -> None:
+    """One clip, from pixels to keys and values in its slots: the launches that `ClipReader` captures.
+
+    Args:
+        facts: `facts_of` the clip, on the device.
+        where: its slots.
+    """
+    cache.memory.describe(facts, cache.adapter.tokens_per_frame)
+    cache.clip = Clip(where, facts[:4].to(torch.int32))
+    try:
+        # No name for the pixels, so that they are gone before the language model runs.
+        remember(cache, cache.adapter.embed_frames(frames if normalise is None else normalise(frames)))
+    finally:
+        cache.clip = None
+
+
+def remember(cache: LiveCache, embeds: Tensor) -> None:
+    """Reads embeddings `[num_tokens, hidden]` into the cache's memory: a clip's, or text behind what is there."""
+    model = cache.adapter.language_model
     layers = cache.clips.layers()
     if layers is None:
         model(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
@@ -29,13 +76,14 @@ def remember(cache: LiveCache, embeds: Tensor) -> slice:
         with cache.reading(model, {"inputs_embeds": embeds[None]}):
             # The fused kernels want rows; elsewhere the layout decides in which order a norm adds up.
             _layers(cache, layers.all, embeds.contiguous() if embeds.is_cuda else embeds)
-    return slice(start, cache.memory.end)
 
 
 def _layers(cache: LiveCache, layers: list[Any], x: Tensor) -> None:
     memory, read, num_tokens = cache.memory, cache.read, x.shape[0]
     assert read is not None
-    place = torch.full((4,), read.where.start, dtype=torch.int32, device=x.device)
+    place = read.place
+    if place is None:
+        place = torch.full((4,), read.where.start, dtype=torch.int32, device=x.device)
     heads = (1, num_tokens, memory.shape.num_qo_heads, memory.shape.head_dim)
     delta = None
     for index, layer in enumerate(layers):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads clips into a LiveCache, as CUDA graphs where they repeat themselves.
 
-A clip of one frame costs a GPU a few milliseconds and Python thirty, for a thousand launches. Once a bounded memory is
-full, every clip of the same number of frames starts at the same slot, attends to as many keys and is compressed to
-the same length: the launches are the same, down to their addresses. What does differ (pixels, times, place in the
-stream) is read from tensors. So the third such clip is captured, whole, from pixels to the compressed memory, and from
-then on replayed. It is what `LiveCache.read_clip` launches, kernel for kernel, so its results are the same bits.
+A clip of one frame costs a GPU a few milliseconds and Python thirty, for a thousand launches. Two clips of the same
+number of frames make the same launches, down to their addresses: what differs (pixels, times, where in the memory and
+in the stream they stand) is read from tensors. So the third such clip is captured, from pixels to keys and values, and
+from then on replayed: it is what `read_clip` launches, kernel for kernel, so results are the same bits. A clip writes
+behind the memory's end and nowhere else; compressing the memory, once in a while, is no part of it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from livevlm.attention import angles_for, backend_for
+from livevlm.clip_pass import NUM_PLACES, facts_of, read_clip
 from livevlm.errors import ModelError
 from livevlm.layers import Layers
 from livevlm.replay import capture_stream, capturing
@@ -37,24 +40,27 @@ Normalise = Callable[[Tensor], Tensor] | None
 
 @dataclass(frozen=True)
 class _Captured:
-    """A clip's launches, the tensors they take it from, and what they use that others might let go of."""
+    """A clip's launches, and the tensors that they take it from."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     frames: Tensor
     facts: Tensor
-    held: tuple[object, ...]
 
 
 class ClipReader:
     """Reads clips into one cache.
+
+    Args:
+        capture: False keeps the launches of a clip as they are, in the place of a graph: for tests, on any device.
 
     Attributes:
         num_clips, num_replayed: clips read, and how many of them by a graph.
         why_eager: why the newest clip was no replay; empty if it was.
     """
 
-    def __init__(self, cache: LiveCache) -> None:
+    def __init__(self, cache: LiveCache, *, capture: bool = True) -> None:
         self.cache: LiveCache = cast(Any, weakref.proxy(cache))
+        self.capture = capture
         self.num_clips = self.num_replayed = 0
         self.why_eager = "no clip was read yet"
         self._failed = ""
@@ -65,29 +71,34 @@ class ClipReader:
         self.forget()
 
     def forget(self) -> None:
-        """Lets go of all graphs: the memory they write to is gone."""
-        self._version = 0
+        """Lets go of all graphs: something they refer to is gone."""
+        self._moved = (0, 0)
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Captured] = {}
         self._pool: Any = None  # of GPU memory, for the graphs of all sizes: only one of them runs at a time
 
     def read(self, frames: Tensor, times: Tensor, normalise: Normalise) -> None:
-        """A clip on the model's device; see `LiveCache.push_unchecked`. A failure leaves no trace."""
-        cache = self.cache
-        start = torch.tensor([cache.num_stream_tokens, cache.num_frames], dtype=torch.float64)
-        facts = torch.cat((start, times))
+        """A clip on the model's device, into slots behind the memory's end; see `LiveCache.push_unchecked`.
+
+        Its tokens are provisional then, also after a failure.
+        """
+        cache, num_tokens = self.cache, frames.shape[0] * self.cache.adapter.tokens_per_frame
+        facts = facts_of(cache, times)
         if frames.is_cuda:
             facts = facts.pin_memory()  # a copy from pinned memory does not wait for the GPU
         while len(self._under_way) > MOST_AHEAD:
             self._under_way.popleft().synchronize()
+        cache.memory.reserve(num_tokens)  # a graph can't
         captured = self._captured(frames, normalise)
+        where = cache.memory.open(num_tokens)
         if captured is None:
-            cache.read_clip(frames, facts.to(frames.device, non_blocking=True), normalise)
+            read_clip(cache, frames, facts.to(frames.device, non_blocking=True), where, normalise)
         else:
             captured.frames.copy_(frames)
             captured.facts.copy_(facts, non_blocking=True)
-            captured.graph.replay()
+            captured.replay()
             self.num_replayed += 1
+        cache.queries.expect(num_tokens)
         if frames.is_cuda:
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(frames.device))
@@ -116,11 +127,11 @@ class ClipReader:
         self.why_eager = self._why_not(frames) or vision.hooked
         if self.why_eager:
             return None
-        if memory.version != self._version:
+        angles = angles_for(cache.config, memory, cache.rope, self._last_position(frames))
+        if (memory.version, angles.data_ptr()) != self._moved:
             self.forget()
-            self._version = memory.version
-        where = (memory.video_start, memory.end, cache.queries.count)
-        key = (frames.shape[0], frames.dtype, normalise, where)
+            self._moved = (memory.version, angles.data_ptr())
+        key = (frames.shape[0], frames.dtype, normalise)
         if key not in self._graphs:
             self._seen[key] += 1
             if self._seen[key] <= WARM_CLIPS:
@@ -129,52 +140,54 @@ class ClipReader:
             self._capture(key, frames, normalise)
         captured = self._graphs.get(key)
         if captured is None:
-            self.why_eager = self._failed or "the memory is not full yet"
+            self.why_eager = self._failed
         return captured
 
+    def _last_position(self, frames: Tensor) -> int:
+        return self.cache.num_stream_tokens + frames.shape[0] * self.cache.adapter.tokens_per_frame
+
     def _why_not(self, frames: Tensor) -> str:
-        config, failed = self.cache.config, self._failed
+        config, shape, last = self.cache.config, self.cache.memory.shape, self._last_position(frames)
+        in_place = backend_for(config, shape, last - self.cache.num_stream_tokens, last) is not None
         reasons = (
-            (not frames.is_cuda, "CUDA graphs need a GPU"),
+            (self.capture and not frames.is_cuda, "CUDA graphs need a GPU"),
             (config.graphs == "off", "graphs='off'"),
-            (self.cache.policy.unbounded, f"policy {config.policy!r}: no two clips attend to as many keys"),
-            (config.positions == "original", "positions='original': no two clips have the same ones"),
             (frames.shape[0] > MOST_FRAMES, f"a clip of more than {MOST_FRAMES} frames"),
             (bool(self._unknown), self._unknown),
-            (bool(failed), failed),
+            (not in_place, "the memory is not read in place: see Config.attention"),
+            (bool(self._failed), self._failed),
         )
         return next((why for applies, why in reasons if applies), "")
 
     # ---------------------------------------------------------------- capturing
     def _capture(self, key: Hashable, frames: Tensor, normalise: Normalise) -> None:
         """Captures a clip. Nothing runs on the GPU meanwhile, so the memory's content stays what it was."""
-        cache, memory, queries = self.cache, self.cache.memory, self.cache.queries
-        before = (memory.video_end, memory.end, queries.count)
-        graph = torch.cuda.CUDAGraph()
+        cache, memory = self.cache, self.cache.memory
         static = torch.empty_like(frames, memory_format=torch.contiguous_format)
-        facts = torch.empty(2 + frames.shape[0], dtype=torch.float64, device=frames.device)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        stays = (*before[:2], queries.count)
+        facts = torch.empty(NUM_PLACES + frames.shape[0], dtype=torch.float64, device=frames.device)
+        where = memory.open(frames.shape[0] * cache.adapter.tokens_per_frame)
+        launch = partial(read_clip, cache, static, facts, where, normalise)
         try:
-            # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
-            side = capture_stream(frames.device)
-            capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
-            with capturing(frames.device):
-                _set_up(side, memory.shape.dtype)
-                with capture:
-                    cache.read_clip(static, facts, normalise)
-            stays = (memory.video_end, memory.end, queries.count)
+            self._graphs[key] = _Captured(self._recorded(launch) if self.capture else launch, static, facts)
         except Exception as error:
             if cache.config.graphs == "on":
                 raise
             said = (str(error).strip() or "no message").splitlines()[0]
             self._failed = f"a clip could not be captured: {type(error).__name__}: {said}"
         finally:
-            memory.undo_capture(*before[:2])
-            queries.rollback()
-            queries.count = before[2]
-        if not self._failed and stays == before:  # else the next clip would be no repetition
-            self._graphs[key] = _Captured(graph, static, facts, (memory.tensors, queries.q))
+            memory.end = where.start
+
+    def _recorded(self, launch: Callable[[], None]) -> Callable[[], None]:
+        graph, shape = torch.cuda.CUDAGraph(), self.cache.memory.shape
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        side = capture_stream(shape.device)
+        # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
+        with capturing(shape.device):
+            _set_up(side, shape.dtype)
+            with capture:
+                launch()
+        return graph.replay
 
 
 def _set_up(stream: torch.cuda.Stream, dtype: torch.dtype) -> None:

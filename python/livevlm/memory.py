@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from livevlm_kernels import compact_tokens
+from livevlm_kernels.layer_steps import describe_tokens
 
 GROWTH = 256  # slots are added in multiples of this, rounded up to whole blocks
 _VERSIONS = itertools.count(1)
@@ -55,6 +56,7 @@ class Memory:
         slot: patch slot of the token in its frame, int32; -1 for text and merged tokens.
         time: seconds since the start of the stream, float64.
         size: how many tokens are merged into this one, float32.
+        block_numbers: of all blocks, in order, int32: a block table that names everything.
         damaged: a failure tore the content apart; nothing but a new memory helps.
         version: another number each time that tensors are allocated, in any memory: who keeps addresses looks here.
     """
@@ -130,10 +132,12 @@ class Memory:
                 torch.zeros(slots, dtype=torch.float64, device=shape.device),
                 torch.ones(slots, dtype=torch.float32, device=shape.device),
             )
+            numbers = torch.arange(num_blocks, dtype=torch.int32, device=shape.device)
             if self.end:
                 for tensor, old in zip(new, self.tensors, strict=True):
                     tensor[:, : self.end] = old[:, : self.end]
         self.k, self.v, self.position, self.frame, self.slot, self.time, self.size = new
+        self.block_numbers = numbers
         self.version = next(_VERSIONS)
         self.peak_bytes = max(self.peak_bytes, self.bytes_allocated)
 
@@ -159,15 +163,17 @@ class Memory:
                 ) from error
 
     # ---------------------------------------------------------------- writing
-    def begin(self, num_new: int, first_position: int | Tensor) -> slice:
-        """Opens slots for `num_new` provisional tokens, whose place in the stream starts at `first_position`.
-
-        Every layer then writes its keys and values there.
-        """
+    def open(self, num_new: int) -> slice:
+        """Slots for `num_new` provisional tokens: every layer is to write keys and values there."""
         self.reserve(num_new)
         where = slice(self.end, self.end + num_new)
-        self.position[:, where] = torch.arange(num_new, device=self.shape.device) + first_position
         self.end = where.stop
+        return where
+
+    def begin(self, num_new: int, first_position: int) -> slice:
+        """`open` for text, whose place in the stream starts at `first_position`."""
+        where = self.open(num_new)
+        self.position[:, where] = torch.arange(num_new, device=self.shape.device) + first_position
         return where
 
     def rollback(self) -> None:
@@ -175,11 +181,6 @@ class Memory:
         if self._moved:  # kept tokens were rewritten for a clip that failed afterwards
             self.damaged = True
         self.end = self.video_end
-
-    def undo_capture(self, video_end: int, end: int) -> None:
-        """Back to these ends after launches were recorded into a CUDA graph: none of them has run."""
-        self.video_end, self.end = video_end, end
-        self._moved = self.damaged = False
 
     def commit_prompt(self) -> None:
         """Turns the provisional tokens into the prompt. The memory must hold nothing else."""
@@ -191,12 +192,9 @@ class Memory:
         self.base = base
         self.video_start = self.video_end = self.end = base + count
 
-    def describe(self, where: slice, frame: Tensor, slot: Tensor, time: Tensor) -> None:
-        """Records what the video tokens in the slots `where` are; `frame`, `slot` and `time` are `[num_tokens]`."""
-        self.frame[:, where] = frame
-        self.slot[:, where] = slot
-        self.time[:, where] = time
-        self.size[:, where] = 1.0
+    def describe(self, facts: Tensor, tokens_per_frame: int) -> None:
+        """Records what a clip's tokens are, in slots that `facts`, on the device, tell: see `describe_tokens`."""
+        describe_tokens(facts, tokens_per_frame, self.tensors[2:])
 
     def commit_video(self) -> None:
         """The provisional tokens stay: they are part of the video memory from now on."""

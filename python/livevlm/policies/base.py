@@ -32,17 +32,20 @@ class QueryWindow:
         return self.q.shape[1]
 
     def observe(self, layer: int, q: Tensor) -> None:
-        """Notes the queries `[num_tokens, num_qo_heads, head_dim]` of a clip; they count once it is committed."""
+        """Copies the newest of the queries `[num_tokens, num_qo_heads, head_dim]` of a clip; see `expect`."""
         if self.capacity:
-            q = q[-self.capacity :]  # a copy, so that the rest of the clip's queries can go
+            q = q[-self.capacity :]
             self._new[layer, self.capacity - q.shape[0] :] = q.detach()
-            self._num_new = q.shape[0]
+
+    def expect(self, num_tokens: int) -> None:
+        """The queries of a clip of so many tokens were observed, by a CUDA graph perhaps; `commit` makes them count."""
+        self._num_new = min(self.capacity, num_tokens)
 
     def rollback(self) -> None:
         self._num_new = 0
 
     def commit(self) -> None:
-        """Takes the observed queries into `q`, in place: a CUDA graph may know its address."""
+        """Takes the observed queries into `q`."""
         if self._num_new:
             joined, self.count = self._with_new()
             self.q.copy_(joined)
