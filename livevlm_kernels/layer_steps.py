@@ -41,11 +41,11 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) ->
     return total, weight * wide.to(x.dtype)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, `[rows, intermediate]`, contiguous."""
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, `[rows, intermediate]`, contiguous; into `out`, which may be one of them."""
     if kernels := _kernels(gate):
-        return kernels.silu_mul(gate, up)
-    return F.silu(gate) * up
+        return kernels.silu_mul(gate, up, out)
+    return torch.mul(F.silu(gate), up, out=out)
 
 
 def store_tokens(

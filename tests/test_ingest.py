@@ -11,6 +11,7 @@ import torch
 
 import livevlm
 from livevlm import Config, Stream
+from livevlm.graph_pool import GraphPool
 from livevlm.ingest import MOST_FRAMES, WARM_CLIPS, ClipReader
 from livevlm.policies import POLICIES
 from livevlm.synthetic import generate
@@ -131,6 +132,19 @@ def test_what_is_not_replayed_says_why(settings: dict[str, Any], num_frames: int
     for _ in range(5):
         stream.push(generate(num_frames, seed=1)[0].frames)
     assert why in stream.stats().why_eager and stream.stats().num_replayed_clips == 0
+
+
+def test_graphs_share_memory_until_the_last_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    pool, graphs = GraphPool(), [type("Graph", (), {})() for _ in range(2)]
+    for graph in graphs:
+        assert pool.handle() == 0
+        pool.add(graph)
+    del graph, graphs[0]
+    assert pool.handle() == 0
+    graphs.clear()
+    assert pool.handle() == 1
 
 
 def test_what_replays_would_not_notice(blind: None) -> None:

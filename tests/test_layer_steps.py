@@ -72,7 +72,10 @@ def test_add_rms_norm(num_rows: int, hidden: int, dtype: torch.dtype, backend: s
 @each_dtype
 def test_silu_mul(dtype: torch.dtype, backend: str, device: str) -> None:
     gate, up = (4 * rows(dtype, device, 3, 1100) for _ in range(2))
-    assert_same(steps(backend).silu_mul(gate, up), nn.functional.silu(gate) * up, backend)
+    expected = nn.functional.silu(gate) * up
+    assert_same(steps(backend).silu_mul(gate, up), expected, backend)
+    assert_same(steps(backend).silu_mul(gate, up, out=gate), expected, backend)
+    assert_same(gate, expected, backend)
 
 
 @each_case

@@ -59,9 +59,9 @@ def silu_mul_kernel(gate, up, out, numel, TILE: tl.constexpr):
     tl.store(out + at, (rounded(x / (1.0 + tl.exp(-x)), gate) * y).to(out.dtype.element_ty), mask=mask)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     """[R, N] -> [R, N]."""
-    out = torch.empty_like(gate)
+    out = torch.empty_like(gate) if out is None else out
     with torch.cuda.device_of(gate):
         silu_mul_kernel[(triton.cdiv(gate.numel(), TILE),)](gate, up, out, gate.numel(), TILE=TILE)
     return out

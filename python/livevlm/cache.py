@@ -15,10 +15,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from livevlm import hooks
 from livevlm.attention import Read, Turn
+from livevlm.buffers import BUCKETS
 from livevlm.clip_pass import Clip, remember
 from livevlm.config import Config
 from livevlm.errors import ConfigError, FrameError, QuestionError, StateError
 from livevlm.generate import checked_generate
+from livevlm.graph_pool import GraphPool
 from livevlm.ingest import ClipReader
 from livevlm.memory import Memory
 from livevlm.models import adapter_for
@@ -119,6 +121,7 @@ class LiveCache(Cache):
         self._doing: Literal["read", "answer"] | None = None
         self.clip: Clip | None = None  # being read
         self.prompt: Tensor | None = None  # token ids read before the video
+        self.graph_pool = GraphPool()
         self.clips = ClipReader(self)
         self._new_memory()
         self.replay = Replay(self)
@@ -132,7 +135,8 @@ class LiveCache(Cache):
         room = self.config.clip_frames * self.adapter.tokens_per_frame
         bound = room if self.policy.unbounded else self.budget + room
         self.clips.forget()
-        self.memory = Memory(shape, self.retrieval.block_size, bound + 512)  # 512: prompt and question
+        text = 128 + BUCKETS[-1] + self.config.max_new_tokens  # a prompt, a question and its answer
+        self.memory = Memory(shape, self.retrieval.block_size, bound + text)
         self.queries = QueryWindow(shape, self.policy.num_queries)
 
     # ---------------------------------------------------------------- called by livevlm.hooks

@@ -99,4 +99,5 @@ def _layers(cache: LiveCache, layers: list[Any], x: Tensor) -> None:
         delta = attention.o_proj(out.reshape(num_tokens, -1))
         norm = layer.post_attention_layernorm
         x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
-        delta = mlp.down_proj(silu_mul(mlp.gate_proj(normed), mlp.up_proj(normed)))
+        gate = mlp.gate_proj(normed)  # the largest tensor of all, so it is used again
+        delta = mlp.down_proj(silu_mul(gate, mlp.up_proj(normed), out=gate))

@@ -75,7 +75,6 @@ class ClipReader:
         self._moved = (0, 0)
         self._seen: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Captured] = {}
-        self._pool: Any = None  # of GPU memory, for the graphs of all sizes: only one of them runs at a time
 
     def read(self, frames: Tensor, times: Tensor, normalise: Normalise) -> None:
         """A clip on the model's device, into slots behind the memory's end; see `LiveCache.push_unchecked`.
@@ -178,15 +177,15 @@ class ClipReader:
             memory.end = where.start
 
     def _recorded(self, launch: Callable[[], None]) -> Callable[[], None]:
-        graph, shape = torch.cuda.CUDAGraph(), self.cache.memory.shape
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph, shape, pool = torch.cuda.CUDAGraph(), self.cache.memory.shape, self.cache.graph_pool
         side = capture_stream(shape.device)
         # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
-        capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
+        capture = torch.cuda.graph(graph, pool=pool.handle(), stream=side, capture_error_mode="thread_local")
         with capturing(shape.device):
             _set_up(side, shape.dtype)
             with capture:
                 launch()
+        pool.add(graph)
         return graph.replay
 
 

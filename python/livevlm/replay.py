@@ -54,7 +54,6 @@ class Replay:
         self._moved: tuple[Any, ...] = ()  # where everything was when the graphs were captured
         self._failed: str | None = None
         self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
         reason = self.refusal()
         self.said = "on" if reason is None else f"off: {reason}"
 
@@ -112,7 +111,7 @@ class Replay:
     def forget(self) -> None:
         """Drops graphs and buffers, and with them the memory that they were captured for."""
         self._graphs.clear()
-        self.buffers = self._decoder = self._layers = self._pool = None
+        self.buffers = self._decoder = self._layers = None
         self._moved = ()
 
     def warmup(self, retrieve: Sequence[bool], max_new_tokens: int) -> bool:
@@ -176,7 +175,7 @@ class Replay:
         if moved == self._moved:
             return
         self._graphs.clear()
-        self._failed, self._pool = None, torch.cuda.graph_pool_handle() if self.capture else None
+        self._failed = None
         hidden, vocab_size = adapter.language_model.config.hidden_size, adapter.model.lm_head.weight.shape[0]
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
             self.buffers = Buffers(shape, memory.num_slots // memory.block_size, hidden, vocab_size)
@@ -200,8 +199,10 @@ class Replay:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on using the GPU.
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            pool = self.cache.graph_pool
+            with torch.cuda.graph(graph, pool=pool.handle(), stream=side, capture_error_mode="thread_local"):
                 run()
+            pool.add(graph)
             self._graphs[kind] = graph
 
 

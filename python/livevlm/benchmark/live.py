@@ -54,6 +54,13 @@ class Live:
             self._calls[count] = self.pool.repeat(-(-count // POOL), 1, 1, 1)[:count]
         self.stream.push(self._calls[count])
 
+    def cycle(self, count: int) -> int:
+        """Calls of so many frames from one compression of the memory to the next: what a frame costs is their mean."""
+        cache = self.stream.cache
+        if count >= cache.config.clip_frames:
+            return 1
+        return max(1, (cache.policy.most_tokens - cache.budget) // (count * cache.adapter.tokens_per_frame))
+
     def ask(self, num_tokens: int) -> tuple[float, float]:
         """TTFT in ms and ms a token after it, without looking for evidence."""
         answer = self.stream.ask(self.subject.question, max_new_tokens=num_tokens + 1, num_evidence=0)
