@@ -32,7 +32,8 @@ class Config:
             "uniform" and "full" (keeps everything, unbounded).
         budget: video tokens that are left per layer when the memory is compressed. 12,000 (LiveVLM v2). The prompt and
             the question come on top.
-        max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`.
+        max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`. Room for
+            the clip being read and for a question is allocated beside it.
         clip_frames: most frames that go through the language model at once, 32 (LiveVLM v2, repo). Attention inside a
             clip is full; the memory may exceed its budget by one clip while the clip is being read.
         slack: how far clips of fewer than `clip_frames` frames may pile up above the budget before the memory is
@@ -69,9 +70,9 @@ class Config:
             than 64 and 128: for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").
             "cuda", "triton", "cpu", "reference": in place, by that backend.
         graphs: "auto": `Stream.ask` replays CUDA graphs where it can: 16-bit Qwen2 models on a GPU, questions of up to
-            256 tokens; `stats().graphs` says what happened. Reading does the same with short clips, once the memory is
-            full; see `stats().why_eager`. "on": an error where model, device or settings do not
-            allow it, or capturing fails. "off": never.
+            256 tokens; `stats().graphs` says what happened. Reading does the same with clips of up to eight frames; see
+            `stats().why_eager`. "on": an error where model, device or settings do not allow it, or capturing fails.
+            "off": never.
         max_new_tokens: longest answer, 128 (ours).
     """
 
