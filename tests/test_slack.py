@@ -10,6 +10,7 @@ import torch
 
 import livevlm
 from livevlm import Config, ConfigError, LiveCache, Stream
+from livevlm.buffers import BUCKETS
 from livevlm.synthetic import generate
 from streams import PROMPT, pixels, times, tiny_random
 from test_failures import content, out_of_memory, same
@@ -133,6 +134,9 @@ def test_questions_see_what_is_there() -> None:
             held = stream.stats().num_video_tokens
             assert held == {16: 256, 20: 320, 22: 352, 23: 272}[count]
             assert stream.stats().budget == 256
+            version = stream.cache.memory.version
+            stream.cache.memory.reserve(BUCKETS[-1] + stream.config.max_new_tokens)
+            assert stream.cache.memory.version == version, "room for a question is left"
 
 
 def test_what_is_no_slack() -> None:

@@ -32,8 +32,8 @@ class Config:
             "uniform" and "full" (keeps everything, unbounded).
         budget: video tokens that are left per layer when the memory is compressed. 12,000 (LiveVLM v2). The prompt and
             the question come on top.
-        max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`. Room for
-            the clip being read and for a question is allocated beside it.
+        max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`. Room
+            for the clip being read and for a question is allocated beside it.
         clip_frames: most frames that go through the language model at once, 32 (LiveVLM v2, repo). Attention inside a
             clip is full; the memory may exceed its budget by one clip while the clip is being read.
         slack: how far clips of fewer than `clip_frames` frames may pile up above the budget before the memory is
