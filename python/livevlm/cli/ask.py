@@ -27,7 +27,10 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except LiveVLMError as error:
+        except (LiveVLMError, RuntimeError) as error:
+            # By name: importing torch takes seconds, and --help needs none.
+            if not isinstance(error, LiveVLMError) and type(error).__name__ != "OutOfMemoryError":
+                raise
             raise OneLineError(" ".join(str(error).split())) from None
 
     return run
@@ -115,7 +118,9 @@ def ask(
     with open_video(video, fps=fps) as reader:
         checkpoint = watch.load_quietly(name, device)
         overrides = {"policy": policy, "retrieval": retrieval, "max_new_tokens": max_new_tokens}
-        settings = {key: value for key, value in overrides.items() if value is not None}
+        settings: dict[str, Any] = {key: value for key, value in overrides.items() if value is not None}
+        if not reader.is_live:
+            settings["slack"] = 0.0  # a file is in no hurry: not a token more than the budget
         if budget is not None:
             settings |= budget_settings(budget, watch.num_video_tokens(reader, checkpoint))
             if settings.get("policy", checkpoint.config.policy) == "full":
