@@ -34,8 +34,15 @@ $(VENV)/.dev: $(VENV)/.installed
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install -q --no-build-isolation -e '.[dev]' 'numpy<2.4'
 	touch $@
 
+# Where there is no GPU, a demo does not wait for CUDA kernels to compile, which takes minutes; `make setup` adds them.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	if [ -e $(VENV)/.installed ]; then $(MAKE) setup; else \
+	  export LIVEVLM_CUDA="$${LIVEVLM_CUDA:-$$(nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)}"; \
+	  PATH="$(abspath $(VENV))/bin:$$PATH" $(PIP) install -q --no-build-isolation -e .; fi
+	touch $@
+
 ## make demo: a small model watches the sample video with a quarter of its tokens and answers eight questions
-demo: setup
+demo: $(VENV)/.demo
 	$(VENV)/bin/livevlm ask examples/sample.mp4 --budget 25% \
 	  --at 00:20 "What colour was the circle?" \
 	  "What colour was the ring?" "What shape was the green one?" "Where was the yellow bar?" \
