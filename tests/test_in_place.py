@@ -67,8 +67,8 @@ def test_same_answers_and_evidence(backend: str, device: str, retrieval: str) ->
             stream.push(video.frames)
             answers.append([stream.ask(question.text) for question in video.questions(8, seed=1)])
     assert [str(a) for a in answers[:2]] == [str(a) for a in answers[2:]]
-    if retrieval != "none":
-        return  # rounding may choose another block for the last one, and the others' weights depend on it
+    if retrieval != "none" and device == "cuda":
+        return  # bfloat16 may choose another block for the last one, and the others' weights depend on it
     for one, other in zip(chain(*answers[:2]), chain(*answers[2:]), strict=True):
         assert [e.weight for e in one.evidence] == pytest.approx([e.weight for e in other.evidence], abs=0.002)
         for mine, its in ((one.evidence, other.evidence), (other.evidence, one.evidence)):

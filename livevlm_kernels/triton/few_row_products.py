@@ -14,6 +14,7 @@ from torch import Tensor
 
 from livevlm_kernels.triton._attend import dot
 from livevlm_kernels.triton._interpreter import INTERPRETED
+from livevlm_kernels.triton.row_products import part_of
 
 HEIGHT, DEPTH = 32, 128  # rows of a weight for each program, and their elements at a time
 STAGES, WARPS = 4, 4
@@ -48,15 +49,10 @@ def project_rows_kernel(
 ):
     # One program: rows of one of the three weights, times all rows of x.
     program = tl.program_id(0)
-    number = program
-    weight, bias, out, height = q_weight, q_bias, q, q_height
-    if program >= num_q:
-        slot = tl.load(place).to(tl.int64) * kv_height
-        number = program - num_q
-        weight, bias, out, height = k_weight, k_bias, k_slots + slot, kv_height
-        if program >= num_q + num_kv:
-            number = program - num_q - num_kv
-            weight, bias, out = v_weight, v_bias, v_slots + slot
+    number, weight, bias, out, height = part_of(
+        program, q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, q, k_slots, v_slots, place,
+        q_height, kv_height, num_q, num_kv,
+    )  # fmt: skip
     row, column = tl.arange(0, ROWS), number * HEIGHT + tl.arange(0, HEIGHT)
     is_row, is_column = (row < num_rows)[:, None], (column < height)[None, :]
     rows = x + row.to(tl.int64)[:, None] * WIDTH

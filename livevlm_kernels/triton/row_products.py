@@ -77,6 +77,38 @@ def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
+def part_of(
+    program,
+    q_weight,
+    q_bias,
+    k_weight,
+    k_bias,
+    v_weight,
+    v_bias,
+    q,
+    k_slots,
+    v_slots,
+    place,
+    q_height,
+    kv_height,
+    num_q,
+    num_kv,
+):
+    """Of queries, keys or values, one that the program works on, and which of their programs it is; keys and values
+    go to slots from place[0] on."""
+    number = program
+    weight, bias, out, height = q_weight, q_bias, q, q_height
+    if program >= num_q:
+        slot = tl.load(place).to(tl.int64) * kv_height
+        number = program - num_q
+        weight, bias, out, height = k_weight, k_bias, k_slots + slot, kv_height
+        if program >= num_q + num_kv:
+            number = program - num_q - num_kv
+            weight, bias, out = v_weight, v_bias, v_slots + slot
+    return number, weight, bias, out, height
+
+
+@triton.jit
 def project_kernel(
     x,
     q_weight,
@@ -98,16 +130,10 @@ def project_kernel(
     TILE: tl.constexpr,
 ):
     # One program: rows of one of the three.
-    program = tl.program_id(0)
-    number = program
-    weight, bias, out, height = q_weight, q_bias, q, q_height
-    if program >= num_q:
-        slot = tl.load(place).to(tl.int64) * kv_height
-        number = program - num_q
-        weight, bias, out, height = k_weight, k_bias, k_slots + slot, kv_height
-        if program >= num_q + num_kv:
-            number = program - num_q - num_kv
-            weight, bias, out = v_weight, v_bias, v_slots + slot
+    number, weight, bias, out, height = part_of(
+        tl.program_id(0), q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, q, k_slots, v_slots, place,
+        q_height, kv_height, num_q, num_kv,
+    )  # fmt: skip
     row = number * ROWS + tl.arange(0, ROWS)
     result = dot_rows(x, weight, row, height, WIDTH, ROWS, TILE)
     result += tl.load(bias + row, mask=row < height, other=0.0).to(tl.float32)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads clips into a LiveCache, as CUDA graphs where they repeat themselves.
 
-A clip of one frame costs a GPU a few milliseconds and Python thirty, for a thousand launches. Two clips of the same
+A clip of one frame keeps a GPU busy for less time than Python takes for its thousand launches. Two clips of the same
 number of frames make the same launches, down to their addresses: what differs (pixels, times, where in the memory and
 in the stream they stand) is read from tensors. So the third such clip is captured, from pixels to keys and values, and
 from then on replayed: it is what `read_clip` launches, kernel for kernel, so results are the same bits. A clip writes
