@@ -279,9 +279,12 @@ class LiveCache(Cache):
             self.clips.read(frames, times, normalise)
             if at_once or policy.each_clip or policy.num_video_tokens(memory) > policy.most_tokens:
                 policy.compress(memory, self.queries, self.rope)
-        except BaseException:
+        except BaseException as error:
             memory.rollback()
             self.queries.rollback()
+            if isinstance(error, torch.OutOfMemoryError) and not memory.damaged:
+                clip = f"a clip of {frames.shape[0]} frames could not be read; nothing was lost"
+                raise torch.OutOfMemoryError(f"{clip}: {error}") from error
             raise
         memory.commit_video()
         self.queries.commit()

@@ -159,7 +159,7 @@ class Memory:
                 more = needed * self.shape.bytes_per_token / 2**30
                 raise torch.OutOfMemoryError(
                     f"no room for {needed} tokens of keys and values, {more:.2f} GiB, beside the {self.end} that are "
-                    f"there; nothing was lost. Give Config a policy that forgets, or a smaller budget. ({error})"
+                    f"there and stay. Give Config a policy that forgets, or a smaller budget. ({error})"
                 ) from error
 
     # ---------------------------------------------------------------- writing
