@@ -10,8 +10,9 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 import livevlm
 from livevlm import Config, LiveCache, Processor
+from livevlm.errors import ModelError
 from livevlm.models import adapter_for
-from livevlm.processing import FALLBACK_TEMPLATE
+from livevlm.processing import FALLBACK_TEMPLATE, QUESTION
 from streams import REAL_SIZES, pixels, real_config, tiny_random
 
 
@@ -77,6 +78,23 @@ def test_prompt_is_the_chat_template_around_the_video() -> None:
     shouted, _ = processor.prompt("What COLOUR was the Star?")
     assert torch.equal(shouted, before)
     assert torch.equal(processor.prompt("What COLOUR was the Star?")[1], after)
+
+
+def test_a_template_is_run_once_for_all_questions() -> None:
+    processor = livevlm.load("tiny", device="cpu").processor
+    for question in (" where was the star ? ", QUESTION, f"{QUESTION} {QUESTION}"):
+        content = [{"type": "video"}, {"type": "text", "text": question.strip()}]
+        text = processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=FALLBACK_TEMPLATE,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        expected = [processor.tokenizer(part)["input_ids"] for part in text.split("<video>")]
+        assert [ids.tolist() for ids in processor.prompt(question)] == expected
+    processor.chat_template = "{{ messages[0]['content'][1]['text'] }} <video>"
+    with pytest.raises(ModelError, match=r"must place '<video>', then 'What happens\?'; it gave"):
+        processor.prompt("where was the star ?")
 
 
 def test_processors_of_any_kind() -> None:

@@ -12,7 +12,7 @@ import torch
 
 import livevlm
 from livevlm import Config, LiveCache, Stream
-from livevlm.buffers import BUCKETS
+from livevlm.buffers import BUCKETS, NUM_FACTS
 from livevlm.decoding import choose_blocks, next_logits
 from livevlm.errors import ConfigError
 from livevlm.replay import Replay
@@ -36,8 +36,12 @@ def filled(**settings: object) -> LiveCache:
     return cache
 
 
-def embeds_of(cache: LiveCache, count: int, seed: int = 0) -> torch.Tensor:
-    ids = torch.randint(90, (count - 1,), generator=torch.Generator().manual_seed(seed))
+def ids_of(count: int, seed: int = 0) -> torch.Tensor:
+    """Of a question that has so many tokens, the newline that ends the video being one of them."""
+    return torch.randint(90, (count - 1,), generator=torch.Generator().manual_seed(seed))
+
+
+def embeds_of(cache: LiveCache, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return cache.adapter.embed_question(ids)
 
@@ -52,18 +56,20 @@ def eager(cache: LiveCache, embeds: torch.Tensor) -> tuple[list[torch.Tensor], l
         return logits, list(turn.blocks.values()), memory.k[:, memory.video_end : memory.end].clone()
 
 
-def replayed(cache: LiveCache, embeds: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    replay, memory, count = cache.replay, cache.memory, embeds.shape[0]
+def replayed(cache: LiveCache, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    replay, memory, count = cache.replay, cache.memory, 1 + ids.shape[0]
     retrieve = cache.config.retrieval != "none"
     assert replay.can_answer([(count, retrieve)], len(TOKENS))
     buffers, start = replay.buffers, memory.end
     assert buffers is not None
-    buffers.embeds.normal_()  # what an earlier question left in the rows behind this one
+    buffers._pinned[NUM_FACTS:].random_(90)  # what an earlier question left behind this one
     if retrieve:
         cache.retrieval.summaries(memory)
     with cache.question():
-        memory.begin(BUCKETS[-1] + len(TOKENS), cache.num_stream_tokens)
-        replay.read_question(embeds, start, cache.num_stream_tokens, retrieve=retrieve)
+        memory.open(BUCKETS[-1] + len(TOKENS))
+        position = cache.num_stream_tokens
+        replay.read_question(ids, start, position, after_video=True, retrieve=retrieve)
+        memory.place_text(slice(start + count, memory.end), position + count)
         logits = [buffers.logits.clone()]
         for token in TOKENS:
             buffers.token.fill_(token)
@@ -71,7 +77,7 @@ def replayed(cache: LiveCache, embeds: torch.Tensor) -> tuple[list[torch.Tensor]
             logits.append(buffers.logits.clone())
         first, count = memory.video_start // memory.block_size, cache.retrieval.num_selected(memory)
         blocks = list(buffers.table[:, first : first + count] - first)
-        return logits, blocks, memory.k[:, start : start + embeds.shape[0] + len(TOKENS)].clone()
+        return logits, blocks, memory.k[:, start : start + 1 + ids.shape[0] + len(TOKENS)].clone()
 
 
 @pytest.mark.parametrize("positions", ["packed", "original"])
@@ -83,9 +89,9 @@ def test_same_logits_and_blocks(name: str, positions: str) -> None:
         if num_frames:
             cache.push(pixels(num_frames, seed=num_frames), times(num_frames, 200 + num_frames))
         for length in lengths:
-            embeds = embeds_of(cache, length)
+            ids = ids_of(length)
             before = cache.memory.k[:, : cache.memory.video_end].clone()
-            for got, expected in zip(replayed(cache, embeds), eager(cache, embeds), strict=True):
+            for got, expected in zip(replayed(cache, ids), eager(cache, embeds_of(cache, ids)), strict=True):
                 for a, b in zip(got, expected, strict=not isinstance(got, list) or bool(expected)):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
             assert torch.equal(cache.memory.k[:, : cache.memory.video_end], before)
@@ -95,10 +101,10 @@ def test_same_logits_and_blocks(name: str, positions: str) -> None:
 def test_only_the_tokens_of_the_question_choose_blocks() -> None:
     """Whatever stands in the padding."""
     cache = filled(**SETTINGS["blocks"])
-    embeds = embeds_of(cache, 5)
-    (first, *_), blocks, _ = replayed(cache, embeds)
+    ids = ids_of(5)
+    (first, *_), blocks, _ = replayed(cache, ids)
     for _ in range(3):
-        (again, *_), same, _ = replayed(cache, embeds)
+        (again, *_), same, _ = replayed(cache, ids)
         assert torch.equal(first, again) and all(torch.equal(a, b) for a, b in zip(blocks, same, strict=True))
 
 
@@ -252,7 +258,7 @@ def pixels_of(tiny: livevlm.Checkpoint, frames: torch.Tensor) -> torch.Tensor:
 def test_two_passes_choose_by_the_text_alone() -> None:
     """The blocks are those that the text's own queries choose, and the question's tokens then attend to these."""
     cache = filled(retrieval_pass="two_pass", **SETTINGS["blocks"])
-    text, embeds = embeds_of(cache, 6, seed=1)[1:], embeds_of(cache, 12)
+    text, embeds = embeds_of(cache, ids_of(6, seed=1))[1:], embeds_of(cache, ids_of(12))
     alone = eager(cache, text)[1]
     with cache.question() as turn:
         choose_blocks(cache, text)

@@ -53,9 +53,12 @@ class Decoder:
 
     @torch.no_grad()
     def read_question(self, rows: int, *, retrieve: bool) -> None:
-        """Reads the first `rows` of `embeds`; with `retrieve` their queries choose each layer's blocks."""
-        buffers = self.buffers
-        x, delta = self._layers(buffers.embeds[:rows], buffers.place, retrieve, is_question=True)
+        """Reads the first `rows` of `ids`; with `retrieve` their queries choose each layer's blocks."""
+        buffers, memory = self.buffers, self.memory
+        slots, positions = buffers.place[:1] + buffers.rows[:rows], buffers.place[2:3] + buffers.rows[:rows]
+        memory.position.index_copy_(1, slots.long(), positions.expand(memory.shape.num_layers, -1))
+        embeds = self.adapter.embed_rows(buffers.ids[:rows], buffers.after_video)
+        x, delta = self._layers(embeds, buffers.place, positions, retrieve, is_question=True)
         last = buffers.place[3:4] - 1
         self._predict(x.index_select(0, last), delta.index_select(0, last))
 
@@ -63,7 +66,8 @@ class Decoder:
     def read_token(self) -> None:
         """Reads `token`, and moves on by one."""
         buffers = self.buffers
-        x, delta = self._layers(self.adapter.embed_tokens(buffers.token), buffers.step, False, is_question=False)
+        embeds = self.adapter.embed_tokens(buffers.token)
+        x, delta = self._layers(embeds, buffers.step, buffers.step[2:3], False, is_question=False)
         self._predict(x, delta)
         buffers.step[:3].add_(1)
 
@@ -72,10 +76,11 @@ class Decoder:
         _, x = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
         self.buffers.logits.copy_(self.adapter.logits(x))
 
-    def _layers(self, x: Tensor, place: Tensor, retrieve: bool, is_question: bool) -> tuple[Tensor, Tensor]:
+    def _layers(
+        self, x: Tensor, place: Tensor, positions: Tensor, retrieve: bool, is_question: bool
+    ) -> tuple[Tensor, Tensor]:
         """Input and output of the last layer's MLP: their sum is what the model has understood."""
         delta = None
-        positions = place[2:3] + self.buffers.rows[: x.shape[0]] if is_question else place[2:3]
         for index, layer in enumerate(self.layers):
             norm = layer.input_layernorm
             x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)

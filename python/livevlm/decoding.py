@@ -24,10 +24,15 @@ NUM_IN_FLIGHT = 4  # ids that may be on their way to the host; two are
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids: all that follows the video, and the question's text alone."""
+    """Token ids, on the host: all that follows the newline that ends the video; and the question's text alone, which
+    is read first if it takes two passes (see `needs_two_passes`)."""
 
     token_ids: Tensor
-    text_ids: Tensor
+    text_ids: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 + self.token_ids.shape[0]
 
 
 def answer_tokens(
@@ -35,22 +40,12 @@ def answer_tokens(
 ) -> Iterator[int]:
     """Token ids of the answer, one by one, up to a stop token. The turn then holds what its evidence follows from."""
     cache.require_same_model()
-    with torch.no_grad():
-        embeds = cache.adapter.embed_question(_sent(question.token_ids, cache))
-        text = cache.adapter.embed_tokens(_sent(question.text_ids, cache)) if needs_two_passes(cache) else None
-    sampler = Sampler(options, embeds.device)
-    kinds: list[Kind] = [(embeds.shape[0], retrieves_inline(cache))]
-    if text is not None:
-        kinds.append((text.shape[0], True))
-    if cache.replay.can_answer(kinds, options.max_new_tokens):
-        return _replayed(cache, turn, embeds, text, sampler, options.max_new_tokens, stop)
-    return _eager(cache, turn, embeds, text, sampler, options.max_new_tokens, stop)
-
-
-def _sent(token_ids: Tensor, cache: LiveCache) -> Tensor:
-    """On the model's device; nothing waits for it."""
-    device = cache.memory.shape.device
-    return token_ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else token_ids
+    sampler = Sampler(options, cache.memory.shape.device)
+    kinds: list[Kind] = [(question.num_tokens, retrieves_inline(cache))]
+    if question.text_ids is not None:
+        kinds.append((question.text_ids.shape[0], True))
+    answer = _replayed if cache.replay.can_answer(kinds, options.max_new_tokens) else _eager
+    return answer(cache, turn, question, sampler, options.max_new_tokens, stop)
 
 
 def needs_two_passes(cache: LiveCache) -> bool:
@@ -89,12 +84,14 @@ def choose_blocks(cache: LiveCache, embeds: Tensor) -> None:
 def _eager(
     cache: LiveCache,
     turn: Turn,
-    embeds: Tensor,
-    text: Tensor | None,
+    question: Question,
     sampler: Sampler,
     max_new_tokens: int,
     stop: Collection[int],
 ) -> Iterator[int]:
+    with torch.no_grad():
+        embeds = cache.adapter.embed_question(question.token_ids)
+        text = None if question.text_ids is None else cache.adapter.embed_tokens(question.text_ids)
     if text is not None:
         want_mass, turn.want_mass = turn.want_mass, False
         choose_blocks(cache, text)
@@ -118,8 +115,7 @@ def _eager(
 def _replayed(
     cache: LiveCache,
     turn: Turn,
-    embeds: Tensor,
-    text: Tensor | None,
+    question: Question,
     sampler: Sampler,
     max_new_tokens: int,
     stop: Collection[int],
@@ -131,13 +127,15 @@ def _replayed(
     turn.want_mass = False
     if cache.retrieval.is_needed(memory):
         cache.retrieval.summaries(memory)
-    memory.begin(BUCKETS[-1] + max_new_tokens, position)
-    if text is not None:
-        replay.read_question(text, start, position, retrieve=True)
+    memory.open(BUCKETS[-1] + max_new_tokens)
+    if question.text_ids is not None:
+        replay.read_question(question.text_ids, start, position, after_video=False, retrieve=True)
     elif cache.config.retrieval_pass == "two_pass":
         buffers.read_everything()
-    replay.read_question(embeds, start, position, retrieve=retrieves_inline(cache))
-    to_host = _ToHost(embeds.device)
+    replay.read_question(question.token_ids, start, position, after_video=True, retrieve=retrieves_inline(cache))
+    end = start + question.num_tokens
+    memory.place_text(slice(end, memory.end), position + question.num_tokens)
+    to_host = _ToHost(memory.shape.device)
     for count in range(1, max_new_tokens + 1):
         with torch.no_grad():
             token = sampler(buffers.logits)
@@ -153,7 +151,7 @@ def _replayed(
         if 1 == count < max_new_tokens:
             replay.read_token()
     if want_mass and memory.shape.num_layers > FIRST_LAYER:
-        turn.looks = last_look(cache, buffers, start + embeds.shape[0])
+        turn.looks = last_look(cache, buffers, end)
 
 
 class _ToHost:

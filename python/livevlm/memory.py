@@ -173,8 +173,13 @@ class Memory:
     def begin(self, num_new: int, first_position: int) -> slice:
         """`open` for text, whose place in the stream starts at `first_position`."""
         where = self.open(num_new)
-        self.position[:, where] = torch.arange(num_new, device=self.shape.device) + first_position
+        self.place_text(where, first_position)
         return where
+
+    def place_text(self, where: slice, first_position: int) -> None:
+        """Says which place in the stream the text in these slots has."""
+        count = where.stop - where.start
+        self.position[:, where] = torch.arange(count, device=self.shape.device) + first_position
 
     def rollback(self) -> None:
         """Forgets all provisional tokens."""

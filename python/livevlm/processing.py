@@ -18,6 +18,7 @@ from typing_extensions import Self
 from livevlm.errors import ModelError, QuestionError
 
 VIDEO = "<video>"
+QUESTION = "What happens?"  # where a chat template puts this, it puts any question
 # The template of the original conversion; used where a checkpoint ships none.
 FALLBACK_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
@@ -42,6 +43,7 @@ class Processor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     chat_template: str | None = None
     _statistics: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _chats: dict[str, tuple[Tensor, str, str]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Self:
@@ -111,18 +113,29 @@ class Processor:
         for marker in (VIDEO, *self.tokenizer.all_special_tokens):
             if marker in question:
                 raise QuestionError(f"question={question!r} holds {marker!r}, a marker of the model and no text")
-        content = [{"type": "video"}, {"type": "text", "text": question.strip()}]
         template = self.chat_template or getattr(self.tokenizer, "chat_template", None) or FALLBACK_TEMPLATE
+        if template not in self._chats:
+            self._chats[template] = self._chat(template)
+        before, middle, end = self._chats[template]
+        return before, self._ids(f"{middle}{question.strip()}{end}")
+
+    def _chat(self, template: str) -> tuple[Tensor, str, str]:
+        """Of a chat with one question: token ids before the video, text between the two, and text behind both.
+
+        A template is run once, since running it takes longer than all that is left to do for a question.
+        """
+        content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=template,
             add_generation_prompt=True,
             tokenize=False,
         )
-        before, marker, after = text.partition(VIDEO)
-        if not marker:
-            raise ModelError(f"the chat template does not place the video: it gave {text!r} without {VIDEO!r}")
-        return self._ids(before), self._ids(after)
+        before, video, after = text.partition(VIDEO)
+        middle, question, end = after.partition(QUESTION)
+        if not video or not question:
+            raise ModelError(f"the chat template must place {VIDEO!r}, then {QUESTION!r}; it gave {text!r}")
+        return self._ids(before), middle, end
 
     def text(self, question: str) -> Tensor:
         """Token ids of the question alone, without the chat around it, `[num_tokens]` int64."""

@@ -120,10 +120,23 @@ class Replay:
         return self.can_answer([(bucket, each) for bucket in BUCKETS for each in retrieve], max_new_tokens)
 
     # ---------------------------------------------------------------- passes
-    def send(self, num_tokens: int, start: int, first_position: int) -> None:
-        """Says where a question of `num_tokens` starts: its slot, and its position in the stream."""
+    def read_question(
+        self, token_ids: Tensor, start: int, first_position: int, *, after_video: bool, retrieve: bool
+    ) -> None:
+        """Reads token ids `[num_tokens]`, on the host, into slots from `start` on; `logits` are then of what follows.
+
+        Args:
+            first_position: in the stream.
+            after_video: the newline that ends a video is read before them.
+            retrieve: they choose the blocks that are attended to.
+        """
+        rows = bucket_of(after_video + token_ids.shape[0])
+        self._send(token_ids, after_video, start, first_position, rows)
+        self._run((rows, retrieve))
+
+    def _send(self, token_ids: Tensor, after_video: bool, start: int, first_position: int, rows: int) -> None:
         assert self.buffers is not None
-        memory, retrieval, rows = self.cache.memory, self.cache.retrieval, bucket_of(num_tokens)
+        memory, retrieval, num_tokens = self.cache.memory, self.cache.retrieval, after_video + token_ids.shape[0]
         packed = self.cache.config.positions == "packed"
         choice = Choice(memory.video_start // memory.block_size, 0, 0)
         if retrieval.is_needed(memory):
@@ -132,15 +145,7 @@ class Replay:
         position = keys if packed else first_position
         place = Place(start, keys + rows, position, num_tokens)
         step = Place(start + num_tokens, keys + num_tokens + 1, position + num_tokens, 1)
-        self.buffers.send(place, step, choice)
-
-    def read_question(self, embeds: Tensor, start: int, first_position: int, *, retrieve: bool) -> None:
-        """Reads embeddings `[num_tokens, hidden]`; `logits` are then those of what follows."""
-        assert self.buffers is not None
-        num_tokens = embeds.shape[0]
-        self.send(num_tokens, start, first_position)
-        self.buffers.embeds[:num_tokens].copy_(embeds)
-        self._run((bucket_of(num_tokens), retrieve))
+        self.buffers.send(token_ids, after_video, place, step, choice)
 
     def read_token(self) -> None:
         """Reads `token`."""
@@ -168,7 +173,7 @@ class Replay:
             num_positions = min(cache.num_stream_tokens + BUCKETS[-1] + max_new_tokens, MOST_ANGLES)
         angles = cache.rope.table(num_positions, shape.dtype, shape.device)
         assert self._layers is not None
-        held = [memory.k, memory.v, memory.position, angles]
+        held = [memory.k, memory.v, memory.position, angles, adapter.inner.image_newline]
         if cache.config.retrieval != "none":
             held.append(cache.retrieval.buffer(memory))
         moved = (self._layers, *((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held))
@@ -176,9 +181,9 @@ class Replay:
             return
         self._graphs.clear()
         self._failed = None
-        hidden, vocab_size = adapter.language_model.config.hidden_size, adapter.model.lm_head.weight.shape[0]
+        vocab_size = adapter.model.lm_head.weight.shape[0]
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
-            self.buffers = Buffers(shape, memory.num_slots // memory.block_size, hidden, vocab_size)
+            self.buffers = Buffers(shape, memory.num_slots // memory.block_size, vocab_size)
         backend = "auto" if cache.config.attention == "auto" else cache.config.attention
         self._decoder = Decoder(
             adapter, self._layers.all, memory, cache.retrieval, cache.config, self.buffers, angles, backend
@@ -191,7 +196,7 @@ class Replay:
         run, device = self._pass(kind), self.cache.memory.shape.device
         with capturing(device):
             # Numbers that any memory allows. What is written lies behind its end.
-            self.send(kind[0], self.cache.memory.end, 0)
+            self._send(torch.zeros(kind[0], dtype=torch.int64), False, self.cache.memory.end, 0, kind[0])
             side = capture_stream(device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels, and lets libraries set themselves up

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from livevlm.answer import Answer
 from livevlm.cache import LiveCache
 from livevlm.config import Config
-from livevlm.decoding import Question, answer_tokens, warm_up
+from livevlm.decoding import Question, answer_tokens, needs_two_passes, warm_up
 from livevlm.errors import ConfigError, FrameError, StateError
 from livevlm.evidence import evidence_of
 from livevlm.feed import Feed
@@ -271,7 +271,7 @@ class Stream:
         cache, tokenizer, start = self.cache, self.processor.tokenizer, clock.perf_counter() - spent
         turn = cache.begin_question(want_mass=options.num_evidence > 0)
         try:
-            asked = Question(token_ids, self.processor.text(question))
+            asked = Question(token_ids, self.processor.text(question) if needs_two_passes(cache) else None)
             ids: list[int] = []
             text, ttft = "", 0.0
             for token in answer_tokens(cache, turn, asked, options, self._stop):

@@ -80,6 +80,13 @@ class LlavaOnevisionAdapter:
         newline = self.inner.image_newline.to(self.device, self.dtype)
         return torch.cat((newline[None], self.embed_tokens(token_ids)))
 
+    def embed_rows(self, token_ids: Tensor, after_video: Tensor) -> Tensor:
+        """Token ids `[num_rows]` -> `[num_rows, hidden]`. The first one stands for the newline that ends every video
+        where `after_video`, `[1]` on the device, is not zero."""
+        rows = self.embed_tokens(token_ids)
+        rows[:1] = torch.where(after_video.bool(), self.inner.image_newline.to(self.device, self.dtype), rows[:1])
+        return rows
+
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(hidden)
 
