@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from livevlm_kernels import layer_steps
 
-MOST_ROWS = 64  # that `project` has kernels for
+MOST_ROWS = 64  # that there are kernels for
 
 
-def _kernels(like: Tensor) -> Any:
-    """The module of Triton kernels, or None."""
-    if not like.is_cuda or not layer_steps.HAS_TRITON:
+def _kernels(x: Tensor, *, alone: bool) -> Any:
+    """The module of Triton kernels for a row that is alone, or for some, or None."""
+    if not x.is_cuda or not layer_steps.HAS_TRITON or x.shape[0] > MOST_ROWS:
         return None
-    from livevlm_kernels.triton import row_products
+    from livevlm_kernels.triton import few_row_products, row_products
 
-    return row_products
+    return row_products if alone else few_row_products
 
 
 def is_plain(module: nn.Module, *, bias: bool) -> bool:
@@ -33,15 +33,15 @@ def is_plain(module: nn.Module, *, bias: bool) -> bool:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x `[1, width]` times weight `[height, width]` transposed -> `[1, height]`."""
-    if kernels := _kernels(x):
+    """x `[1, width]` times weight `[height, width]` transposed -> `[1, height]`; more rows are left to torch."""
+    if x.shape[0] == 1 and (kernels := _kernels(x, alone=True)):
         return kernels.product(x, weight)
     return F.linear(x, weight)
 
 
 def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(x gate) * (x up), `[1, height]`."""
-    if kernels := _kernels(x):
+    """silu(x gate) * (x up): x `[rows, width]`, weights `[height, width]` -> `[rows, height]`."""
+    if kernels := _kernels(x, alone=x.shape[0] == 1):
         return kernels.gated(x, gate, up)
     return layer_steps.silu_mul(F.linear(x, gate), F.linear(x, up))
 
@@ -62,13 +62,9 @@ def project(
         q, k, v: weight `[height, width]` and bias `[height]`.
         k_slots, v_slots, place, last_q: as in `layer_steps.store_tokens`.
     """
-    kernels = _kernels(x)
-    if kernels and x.shape[0] == 1 and last_q is None:
-        return kernels.project(x, q, k, v, k_slots, v_slots, place)
-    if kernels and x.shape[0] <= MOST_ROWS:
-        from livevlm_kernels.triton import few_row_products
-
-        return few_row_products.project(x, q, k, v, k_slots, v_slots, place, last_q)
+    alone = x.shape[0] == 1 and last_q is None
+    if kernels := _kernels(x, alone=alone):
+        return kernels.project(x, q, k, v, k_slots, v_slots, place, *([] if alone else [last_q]))
     queries = F.linear(x, *q)
     layer_steps.store_tokens(queries, F.linear(x, *k), F.linear(x, *v), k_slots, v_slots, place, last_q)
     return queries

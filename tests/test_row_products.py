@@ -28,6 +28,14 @@ def module_of(backend: str) -> ModuleType:
     return kernels
 
 
+def few_rows_of(backend: str) -> ModuleType:
+    if backend == "eager":
+        return row_products
+    from livevlm_kernels.triton import few_row_products
+
+    return few_row_products
+
+
 def weights(dtype: torch.dtype, device: str, *shape: int) -> Tensor:
     return (torch.randn(shape) / shape[-1] ** 0.5).to(device, dtype)
 
@@ -47,12 +55,31 @@ def test_product(height: int, width: int, dtype: torch.dtype, backend: str, devi
     assert_close(out, F.linear(x.double(), weight.double()))
 
 
+def check_gated(kernels: ModuleType, x: Tensor, gate: Tensor, up: Tensor) -> None:
+    out = kernels.gated(x, gate, up)
+    assert out.shape == (x.shape[0], gate.shape[0]) and out.dtype == x.dtype
+    assert_close(out, F.silu(F.linear(x.double(), gate.double())) * F.linear(x.double(), up.double()))
+
+
 @each_shape
 @each_dtype
 def test_gated(height: int, width: int, dtype: torch.dtype, backend: str, device: str) -> None:
     x, gate, up = torch.randn(1, width).to(device, dtype), *(weights(dtype, device, height, width) for _ in range(2))
-    out = module_of(backend).gated(x, gate, up)
-    assert_close(out, F.silu(F.linear(x.double(), gate.double())) * F.linear(x.double(), up.double()))
+    check_gated(module_of(backend), x, gate, up)
+    both = torch.cat((up, gate))  # in the other order, and not far apart
+    check_gated(module_of(backend), x, both[height:], both[:height])
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("num_rows", "height", "width"),
+    [(2, 30, 224), (33, 70, 300)] if kit.SLOW else [(2, 30, 224), (16, 32, 896), (33, 70, 300), (64, 18944, 3584)],
+)
+def test_gated_rows(num_rows: int, height: int, width: int, dtype: torch.dtype, backend: str, device: str) -> None:
+    x = torch.randn(num_rows, width).to(device, dtype)
+    check_gated(few_rows_of(backend), x, *(weights(dtype, device, height, width) for _ in range(2)))
+    both = weights(dtype, device, 2 * height, width)
+    check_gated(few_rows_of(backend), x, both[height:], both[:height])
 
 
 @each_dtype
@@ -88,13 +115,7 @@ def test_project_rows(
     num_tokens = num_rows - 1
     place = torch.tensor([5, 6, 7, num_tokens], dtype=torch.int32, device=device)
     last_q = torch.zeros(q_height, dtype=dtype, device=device) if has_last else None
-    if backend == "triton":
-        from livevlm_kernels.triton import few_row_products
-
-        project = few_row_products.project
-    else:
-        project = row_products.project
-    q = project(x, *parts, *slots, place, last_q)
+    q = few_rows_of(backend).project(x, *parts, *slots, place, last_q)
     keys, values = (pool[5 : 5 + num_rows].flatten(1) for pool in slots)
     expected = [F.linear(x.double(), weight.double(), bias.double()) for weight, bias in parts]
     assert_close(keys, expected[1])

@@ -59,17 +59,23 @@ def test_row_products(width: int, arch: int) -> None:
         assert "ld.global.v4" in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_few_row_products(arch: int) -> None:
+def test_few_row_products(arch: int, rows: int) -> None:
     from livevlm_kernels.triton import few_row_products as module
 
     names = ("x", "q_weight", "q_bias", "k_weight", "k_bias", "v_weight", "v_bias", "q", "k_slots", "v_slots", "last_q")
     arguments = {
-        **dict.fromkeys(names, "*bf16!"),
-        **{"place": "*i32", **dict.fromkeys(("q_height", "kv_height"), "i32!")},
+        **dict.fromkeys((*names, "gate", "out"), "*bf16!"),
+        **{"place": "*i32", "distance": "i64!", **dict.fromkeys(("height", "q_height", "kv_height"), "i32!")},
         **dict.fromkeys(("num_rows", "num_q", "num_kv"), "i32"),
-        **{"WIDTH": 3584, "ROWS": 32, "HEIGHT": module.HEIGHT, "DEPTH": module.DEPTH, "STAGES": module.STAGES},
+        **{"WIDTH": 3584, "ROWS": rows, "HEIGHT": module.HEIGHT, "DEPTH": module.DEPTH},
         **{"HAS_LAST": True, "WIDEN": False},
     }
-    compiled = compile_kernel(module.project_rows_kernel, arch, module.WARPS, **arguments)
-    assert "cp.async" in compiled.asm["ptx"] and ("mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"])
+    for kernel, stages in (
+        (module.project_rows_kernel, 4 if arch == 80 else module.PROJECT_STAGES),
+        (module.gated_rows_kernel, module.GATED_STAGES),
+    ):
+        compiled = compile_kernel(kernel, arch, module.WARPS, **arguments, STAGES=stages)
+        assert compiled.metadata.shared <= stages * (module.HEIGHT + rows) * module.DEPTH * 2, "as `_plan` counts it"
+        assert "cp.async" in compiled.asm["ptx"] and ("wgmma" if arch == 90 else "mma.sync") in compiled.asm["ptx"]

@@ -48,7 +48,8 @@ class Decoder:
         self.adapter, self.layers = adapter, layers
         self.memory, self.retrieval, self.config = memory, retrieval, config
         self.buffers, self.angles, self.backend = buffers, angles, backend
-        self.alone = all_plain(layers)  # a single row is multiplied by kernels of our own
+        self.plain = all_plain(layers)  # few rows are multiplied by kernels of our own
+        self.plain_head = row_products.is_plain(adapter.model.lm_head, bias=False)
         self.summaries = retrieval.buffer(memory) if config.retrieval != "none" else None
 
     @torch.no_grad()
@@ -74,7 +75,8 @@ class Decoder:
     def _predict(self, x: Tensor, delta: Tensor) -> None:
         norm = self.adapter.language_model.norm
         _, x = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
-        self.buffers.logits.copy_(self.adapter.logits(x))
+        head, logits = self.adapter.model.lm_head, self.adapter.logits
+        self.buffers.logits.copy_(row_products.product(x, head.weight) if self.plain_head else logits(x))
 
     def _layers(
         self, x: Tensor, place: Tensor, positions: Tensor, retrieve: bool, is_question: bool
@@ -103,7 +105,7 @@ class Decoder:
     ) -> Tensor:
         memory, buffers = self.memory, self.buffers
         last_q = buffers.last_q[index].flatten() if is_question else None
-        if self.alone:
+        if self.plain:
             wq, wk, wv = ((part.weight, part.bias) for part in (module.q_proj, module.k_proj, module.v_proj))
             q = row_products.project(x, wq, wk, wv, memory.k[index], memory.v[index], place, last_q)
         else:
@@ -131,14 +133,14 @@ class Decoder:
         return self._product(module.o_proj, out.flatten(1))
 
     def _mlp(self, mlp: Any, x: Tensor) -> Tensor:
-        if self.alone and x.shape[0] == 1:
+        if self.plain:
             gated = row_products.gated(x, mlp.gate_proj.weight, mlp.up_proj.weight)
         else:
             gated = silu_mul(mlp.gate_proj(x), mlp.up_proj(x))
         return self._product(mlp.down_proj, gated)
 
     def _product(self, module: Any, x: Tensor) -> Tensor:
-        return row_products.product(x, module.weight) if self.alone and x.shape[0] == 1 else module(x)
+        return row_products.product(x, module.weight) if self.plain else module(x)
 
 
 def all_plain(layers: list[Any]) -> bool:
