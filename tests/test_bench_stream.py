@@ -44,7 +44,7 @@ def test_all_parts_and_files(tmp_path: Path) -> None:
         assert (tmp_path / f"stream_tiny-{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"stream_tiny-{plot}.svg").read_text()
     facts = json.loads((tmp_path / "stream_tiny.json").read_text())["parts"]["live"]
-    assert facts["frames"] == 20 and facts["cudnn_attention"] is False and facts["torch"] == torch.__version__
+    assert facts["frames"] == 20 and facts["stock_cudnn_attention"] is False and facts["torch"] == torch.__version__
     assert all(line in result.stdout for line in ("TTFT ms", "stream_tiny-ttft.svg"))
 
 

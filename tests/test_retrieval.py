@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import livevlm.retrieval
 from livevlm import Config, LiveCache
 from livevlm.attention import Read
 from livevlm.retrieval import Retrieval
@@ -108,15 +111,32 @@ def test_the_retrieved_part_stays_during_the_answer() -> None:
     assert all(torch.equal(slots_of(cache, first[layer]), second[layer]) for layer in first)
 
 
-def test_representatives_follow_the_memory() -> None:
-    cache = filled(retrieval="mean_key")
-    _, before = ask(cache)
-    cache.push(pixels(40, seed=2), times(40, 40))
-    _, after = ask(cache)
-    assert after[0].numel() > before[0].numel()
-    fresh = Retrieval(cache.config, 4)
+@pytest.mark.parametrize("policy", ["full", "recent", "vision_sink", "similarity", "clip_merge"])
+def test_representatives_follow_the_memory(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are made as frames come, only those that are not there, and they are those of a memory seen for the first
+    time, whatever moved."""
+    made = []
+    summarize = livevlm.retrieval.summarize_blocks
+
+    def counting(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(int((kwargs["seq_lens"] - kwargs["first_token"])[0]) // kwargs["block_size"])
+        return summarize(*args, **kwargs)
+
+    monkeypatch.setattr(livevlm.retrieval, "summarize_blocks", counting)
+    cache = filled(retrieval="mean_key", policy=policy, budget=200)
     q = torch.randn(3, 14, 16)
-    assert torch.equal(fresh.select(cache.memory, 1, q), cache.retrieval.select(cache.memory, 1, q))
+    for i, count in enumerate((40, 1, 1, 3, 40, 2)):
+        cache.push(pixels(count, seed=i), times(count, 40 + 50 * i))
+        blocks = cache.retrieval.num_candidates(cache.memory)
+        mine, fresh = cache.retrieval.summaries(cache.memory), Retrieval(cache.config, 4).summaries(cache.memory)
+        assert torch.equal(mine[:, :blocks], fresh[:, :blocks])
+        assert made.pop() == blocks, "the fresh one makes all"
+        before = len(made)
+        ask(cache)
+        assert len(made) == before, "no question had to wait for them"
+    assert policy != "full" or 0 < min(made) <= 2, "of a frame or two"
+    chosen = (retrieval.select(cache.memory, 1, q) for retrieval in (Retrieval(cache.config, 4), cache.retrieval))
+    assert torch.equal(*chosen)
 
 
 def test_a_planted_key_is_found() -> None:
@@ -126,8 +146,8 @@ def test_a_planted_key_is_found() -> None:
     q = torch.randn(5, 14, 16)
     target = memory.video_start + 7 * 8
     per_kv_head = q.mean(0).view(2, 7, 16).mean(1)
-    memory.k[:, target : target + 8] = 20 * per_kv_head
-    cache.retrieval.memory_changed()
+    with memory.moving():
+        memory.k[:, target : target + 8] = 20 * per_kv_head
     for layer in range(3):
         assert target in slots_of(cache, cache.retrieval.select(memory, layer, q)).tolist()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -271,7 +271,6 @@ class LiveCache(Cache):
         """
         memory, policy = self.memory, self.policy
         held, num_new = memory.num_video_tokens, frames.shape[0] * self.adapter.tokens_per_frame
-        self.retrieval.memory_changed()
         try:
             if held > self.budget and held + num_new > policy.most_tokens:
                 policy.compress(memory, self.queries, self.rope)
@@ -289,6 +288,9 @@ class LiveCache(Cache):
         memory.commit_video()
         self.queries.commit()
         self.num_frames += frames.shape[0]
+        if self.retrieval.is_needed(memory):
+            with suppress(torch.OutOfMemoryError):  # a question would make them, too, but it should not have to wait
+                self.retrieval.summaries(memory)
 
     # ---------------------------------------------------------------- questions
     def _require_idle(self) -> None:
@@ -359,7 +361,6 @@ class LiveCache(Cache):
             self._require_idle()
         self.num_frames = 0
         self.prompt = None
-        self.retrieval.memory_changed()
         self.replay.forget()
         self._new_memory()
 

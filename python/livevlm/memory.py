@@ -59,13 +59,14 @@ class Memory:
         block_numbers: of all blocks, in order, int32: a block table that names everything.
         damaged: a failure tore the content apart; nothing but a new memory helps.
         version: another number each time that tensors are allocated, in any memory: who keeps addresses looks here.
+        num_moves: how often kept tokens were rewritten: who keeps what follows from them looks here.
     """
 
     def __init__(self, shape: KVShape, block_size: int, num_slots: int) -> None:
         self.shape = shape
         self.block_size = block_size
         self.base = self.video_start = self.video_end = self.end = 0
-        self.peak_bytes = 0
+        self.peak_bytes = self.num_moves = 0
         self.damaged = False  # an interrupt tore it; only a reset helps
         self._moved = False  # kept tokens were rewritten since the last commit
         self._allocate(num_slots)
@@ -218,6 +219,8 @@ class Memory:
         except BaseException as error:
             self.damaged |= not isinstance(error, Exception)
             raise
+        finally:
+            self.num_moves += 1
         self._moved = True
 
     def keep(self, indices: Tensor) -> None:

@@ -21,17 +21,15 @@ from livevlm_kernels import retrieve_blocks, summarize_blocks
 
 
 class Retrieval:
-    """Selects blocks of one memory; keeps their representatives until the memory changes."""
+    """Selects blocks of one memory; keeps their representatives until the tokens in them move."""
 
     def __init__(self, config: Config, tokens_per_frame: int) -> None:
         self.config = config
         self.block_size = tokens_per_frame if config.retrieval == "frame" else config.block_size
         self.tokens_per_frame = tokens_per_frame
         self._summaries: Tensor | None = None  # of all blocks that the memory has room for
-        self._stale = True
-
-    def memory_changed(self) -> None:
-        self._stale = True
+        self._of = (0, 0)  # the memory, as it was when they were made
+        self._num_made = 0
 
     def num_candidates(self, memory: Memory) -> int:
         """Blocks that may be left out: whole ones that hold no token of the newest frames."""
@@ -104,16 +102,20 @@ class Retrieval:
         if kept is None or kept.shape != shape or kept.device != memory.k.device:
             with torch.inference_mode(False):  # made in inference mode, it could not be written outside of it
                 self._summaries = kept = torch.zeros(shape, dtype=torch.float32, device=memory.k.device)
-            self._stale = True
+            self._num_made = 0
         return kept
 
     def summaries(self, memory: Memory) -> Tensor:
-        """The representatives of all whole blocks that may be left out, in `buffer`; zeros behind them."""
-        kept = self.buffer(memory)
-        if self._stale:
+        """The representatives of all whole blocks that may be left out, in `buffer`; made where they are not there."""
+        kept, count, now = self.buffer(memory), self.num_candidates(memory), (memory.version, memory.num_moves)
+        if self._of != now:
+            self._of, self._num_made = now, 0
+        if self._num_made < count:
             keys = memory.k[:, memory.video_start : memory.video_start + kept.shape[1] * self.block_size]
-            valid = self.num_candidates(memory) * self.block_size
-            lens = torch.full((kept.shape[0],), valid, dtype=torch.int32, device=kept.device)
-            summarize_blocks(keys, block_size=self.block_size, seq_lens=lens, out=kept)
-            self._stale = False
+            first, valid = (
+                torch.full(kept.shape[:1], blocks * self.block_size, dtype=torch.int32, device=kept.device)
+                for blocks in (self._num_made, count)
+            )
+            summarize_blocks(keys, block_size=self.block_size, seq_lens=valid, first_token=first, out=kept)
+            self._num_made = count
         return kept

@@ -95,5 +95,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": version("transformers"),
-        "cudnn_attention": False,
+        "stock_cudnn_attention": False,
     }

@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from livevlm.benchmark import plots, timing
 from livevlm.benchmark.parts import PARTS, Plan
 from livevlm.benchmark.report import Report, Row, environment
@@ -34,19 +32,14 @@ def run(
     facts = {"model": subject.name, "frames": plan.frames, "repeats": plan.repeats, "limit": limit}
     facts |= {"settings": dict(plan.settings), "question_tokens": 1 + len(subject.question_ids)}
     report = Report(folder, f"stream_{subject.name}", {**environment(subject.device), **facts})
-    on = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)  # see livevlm.benchmark
-    try:
-        for name in parts:
-            tell(name)
-            timing.free(subject.device)
-            rows = []
-            for row in PARTS[name](subject, plan, timing.Limit(limit)):
-                rows.append(row)
-                show(row)
-                report.replace(name, rows)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(on)
+    for name in parts:
+        tell(name)
+        timing.free(subject.device)
+        rows = []
+        for row in PARTS[name](subject, plan, timing.Limit(limit)):
+            rows.append(row)
+            show(row)
+            report.replace(name, rows)
     written = [report.path, report.path.with_suffix(".csv")]
     if draw:
         device = report.facts["device"]

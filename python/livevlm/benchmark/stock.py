@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,17 @@ from transformers import DynamicCache
 
 from livevlm.benchmark.subject import Subject
 from livevlm.benchmark.timing import synchronise
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Without cuDNN's attention, that is; see `livevlm.benchmark`."""
+    on = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(on)
 
 
 class Stock:
@@ -32,7 +45,9 @@ class Stock:
     def _forward(self, embeds: Tensor, cache: Any = None) -> Tensor:
         """The likeliest token after these embeddings."""
         chosen = self.cache if cache is None else cache
-        hidden = self.model.model.language_model(inputs_embeds=embeds[None], past_key_values=chosen).last_hidden_state
+        with without_cudnn():
+            output = self.model.model.language_model(inputs_embeds=embeds[None], past_key_values=chosen)
+        hidden = output.last_hidden_state
         return self.model.lm_head(hidden[:, -1]).argmax(-1)
 
     @torch.no_grad()
