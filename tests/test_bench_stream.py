@@ -38,6 +38,9 @@ def test_all_parts_and_files(tmp_path: Path) -> None:
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] and row["samples"] == 2 for row in of_live)
     encode = [(row["system"], row["frames"]) for row in rows(tmp_path) if row["part"] == "encode"]
     assert encode == [(system, frames) for system in ("livevlm", "stock") for frames in parts.CALLS]
+    read = {(row["system"], row["metric"]): row["note"] for row in rows(tmp_path) if row["part"] == "file"}
+    assert read["livevlm", "encode ms/frame"] == "20 of 20 frames, decoding included"
+    assert {("decoder", "decode ms/frame"), ("livevlm", "TTFT ms"), ("livevlm", "decode ms/token")} < set(read)
     with (tmp_path / "stream_tiny.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows(tmp_path))
     for plot in ("ttft", "decode", "encode", "host"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class Live:
         if count > 0:
             with self.stream.watching(self.frames(count), clip_frames=clip_frames, start=self.num_frames) as feed:
                 feed.wait()
+
+    def watch_file(self, path: Path, clip_frames: int) -> None:
+        """Reads all frames of a file."""
+        start = float(self.num_frames)
+        with self.stream.watching(path, fps=None, clip_frames=clip_frames, start=start) as feed:
+            feed.wait()
 
     def push(self, count: int) -> None:
         """Reads frames in one call."""

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from livevlm.benchmark import timing
+from livevlm.benchmark.files import file
 from livevlm.benchmark.live import Live
 from livevlm.benchmark.profiling import profile
 from livevlm.benchmark.report import Row, row
@@ -125,7 +126,7 @@ def live(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
         yield from _questions("live", "livevlm", one.ask, history, plan.repeats, limit)
         yield from _memory("live", "livevlm", history, device)
         seen = history
-        if limit.passed:
+        if limit.passed and history < plan.frames:
             yield _ended("live", "livevlm", "TTFT ms", history, f"{limit.seconds:.0f} s are over")
             return
 
@@ -183,5 +184,5 @@ def floor(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
 
 
 PARTS: dict[str, Part] = {
-    "floor": floor, "encode": encode, "live": live, "kept": kept, "oneshot": oneshot, "profile": profile,
+    "floor": floor, "encode": encode, "live": live, "kept": kept, "oneshot": oneshot, "file": file, "profile": profile,
 }  # fmt: skip

@@ -11,7 +11,7 @@ from livevlm.cli.ask import one_line_errors
 from livevlm.cli.values import budget_settings
 from livevlm.errors import ConfigError
 
-PARTS = ("floor", "encode", "live", "kept", "oneshot", "profile")
+PARTS = ("floor", "encode", "live", "kept", "oneshot", "file", "profile")
 DEFAULT_FRAMES = {"cuda": 22_528, "cpu": 256}
 
 
