@@ -11,6 +11,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 import livevlm
 from livevlm import Config, LiveCache, Stream
+from livevlm.staging import Pinned
 from livevlm.synthetic import generate
 from streams import PROMPT, pixels, real_config, times, tiny_random
 from test_parity import FULL, ask, clip_sizes, stock, streamed
@@ -67,6 +68,20 @@ def test_gpu_memory_is_flat() -> None:
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert len(set(used[20:])) == 1, used
+
+
+def test_frames_of_any_layout_come_through_pinned_buffers() -> None:
+    """Also while those before are still on their way: what a buffer held has left it when it is filled anew."""
+    pinned, moved, expected = Pinned(torch.device("cuda"), 2), [], []
+    for count in (1, 8, 2, 32, 3, 8, 8, 8):
+        frames = torch.randint(0, 256, (count, 3, 360, 640), dtype=torch.uint8)
+        last = torch.randint(0, 256, (count, 360, 640, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+        for each in (frames, last, frames[:, :, ::2, 5:]):
+            torch.cuda._sleep(2_000_000)
+            moved.append(pinned(each))
+            expected.append(each)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(moved, expected, strict=True))
+    assert all(a.stride() == b.stride() for a, b in zip(moved[:2], expected[:2], strict=True))
 
 
 def test_out_of_gpu_memory_while_growing() -> None:

@@ -58,13 +58,14 @@ class Buffers:
         self._facts = torch.zeros(NUM_FACTS + BUCKETS[-1], dtype=torch.int32, device=device)
         self.place, self.step, self.choice, self.after_video, self.ids = self._facts.split([4, 4, 3, 1, BUCKETS[-1]])
         self._pinned = torch.zeros(self._facts.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._sent = self._pinned.numpy()  # the same memory
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def send(self, token_ids: Tensor, after_video: bool, place: Place, step: Place, choice: Choice) -> None:
         """Tells the device what the next question is and where it stands, in one copy that nothing waits for."""
         if self._copied is not None:
             self._copied.synchronize()  # an interrupted question's copy may not have happened yet
-        sent, first = self._pinned.numpy(), NUM_FACTS + after_video
+        sent, first = self._sent, NUM_FACTS + after_video
         sent[:NUM_FACTS] = (*vars(place).values(), *vars(step).values(), *vars(choice).values(), after_video)
         sent[first : first + token_ids.shape[0]] = token_ids.numpy()
         self._facts.copy_(self._pinned, non_blocking=True)

@@ -17,6 +17,33 @@ from livevlm.processing import Processor
 NUM_BUFFERS = 4  # of pinned memory: so many frames may be on their way to the GPU
 
 
+class Pinned:
+    """Brings frames to a GPU through buffers of pinned memory, in turn: from there a copy waits for nothing."""
+
+    def __init__(self, device: torch.device, num_buffers: int) -> None:
+        self.device, self._turn = device, 0
+        self._buffers: list[tuple[Tensor, torch.cuda.Event | None]] = [(torch.empty(0), None)] * num_buffers
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 `[num_frames, 3, height, width]` of the CPU, in the order that they have in memory."""
+        turn = self._turn = (self._turn + 1) % len(self._buffers)
+        buffer, left = self._buffers[turn]
+        if left is not None:
+            left.synchronize()  # what it held before has left it
+        if buffer.numel() < frames.numel():
+            buffer = torch.empty(frames.numel(), dtype=torch.uint8, pin_memory=True)
+        last = frames.permute(0, 2, 3, 1)  # decoders leave channels last: then filling the buffer is one plain copy
+        is_last = last.is_contiguous()
+        source = last if is_last else frames
+        part = buffer[: frames.numel()].view(source.shape)
+        part.copy_(source)
+        moved = part.to(self.device, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        self._buffers[turn] = (buffer, event)
+        return moved.permute(0, 3, 1, 2) if is_last else moved
+
+
 @dataclass(frozen=True)
 class Staged:
     """A frame, uint8 `[1, 3, image_size, image_size]`, there once `ready` has happened on the GPU."""
@@ -33,8 +60,7 @@ class Staging:
     ) -> None:
         self.processor, self.image_size, self.device, self.size = processor, image_size, device, size
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._turn = 0
+        self._pinned = Pinned(device, NUM_BUFFERS)
 
     def __call__(self, frame: Any) -> Staged:
         """One frame, in any form that `as_frames` takes.
@@ -59,22 +85,11 @@ class Staging:
         return staged
 
     def _moved(self, pixels: Tensor) -> Tensor:
-        """To the device, through one of the pinned buffers in turn, once what it held before has left it."""
-        if pixels.is_cuda:
-            assert self._stream is not None
-            self._stream.wait_stream(torch.cuda.default_stream(self.device))
-            return pixels.to(self.device)
-        if len(self._buffers) < NUM_BUFFERS:
-            # As a decoder leaves it, channels last: then filling it is one plain copy.
-            shape = (1, *pixels.shape[-2:], 3)
-            self._buffers.append((torch.empty(shape, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
-        buffer, left = self._buffers[self._turn % len(self._buffers)]
-        self._turn += 1
-        left.synchronize()
-        buffer.copy_(pixels.permute(0, 2, 3, 1))
-        moved = buffer.to(self.device, non_blocking=True)
-        left.record()
-        return moved.permute(0, 3, 1, 2)
+        if not pixels.is_cuda:
+            return self._pinned(pixels)
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.default_stream(self.device))
+        return pixels.to(self.device)
 
 
 def clip_of(frames: Sequence[Staged]) -> Tensor:

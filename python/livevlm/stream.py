@@ -26,6 +26,7 @@ from livevlm.frames import as_frames
 from livevlm.gate import Gate
 from livevlm.options import AskOptions, Decoding
 from livevlm.processing import Processor
+from livevlm.staging import Pinned
 from livevlm.types import Drop
 
 
@@ -90,6 +91,8 @@ class Stream:
         self.cache = LiveCache(model, self.config)
         self.frame_size: tuple[int, ...] | None = None  # height and width of its frames as they were given
         self.gate = Gate()
+        device = self.cache.adapter.device
+        self._pinned = Pinned(device, 2) if device.type == "cuda" else None
         self._feed: Callable[[], Feed | None] = lambda: None  # a weak reference: a feed has its stream
         self._time: float | None = None
         self._encode_seconds = 0.0
@@ -126,7 +129,8 @@ class Stream:
         stamps = self._times(times, batch.shape[0])
         adapter, clip = self.cache.adapter, self.config.clip_frames
         for first in range(0, batch.shape[0], clip):
-            part = batch[first : first + clip].to(adapter.device)
+            part = batch[first : first + clip]
+            part = self._pinned(part) if self._pinned and not part.is_cuda else part.to(adapter.device)
             resized = self.processor.resized(part, adapter.image_size)
             self._read(resized, stamps[first : first + clip], at_once=batch.shape[0] >= clip)
             self.frame_size = size
