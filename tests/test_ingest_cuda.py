@@ -11,8 +11,8 @@ import torch
 
 import livevlm
 from livevlm import Stream
-from livevlm.ingest import WARM_CLIPS
 from livevlm.policies import POLICIES
+from livevlm.repeated import WARM
 from livevlm.synthetic import generate
 from test_clips import eventually
 from test_stream import bits
@@ -50,7 +50,7 @@ def test_replayed_clips_give_the_same_bits(
             if turn % 4 == 3:
                 stream.ask("where was the red star ?")
     assert all(torch.equal(a, b) for a, b in zip(*map(bits, streams), strict=True))
-    replayed, expected = streams[0].stats().num_replayed_clips, len(SIZES) - 3 * WARM_CLIPS
+    replayed, expected = streams[0].stats().num_replayed_clips, len(SIZES) - 3 * WARM
     assert 0 < replayed < expected if policy == "full" else replayed == expected, streams[0].stats()
     assert streams[0].ask("what colour was the star ?") == streams[1].ask("what colour was the star ?")
     streams[0].ask("what colour was the star ? " * 300)  # the memory grows, and moves

@@ -48,10 +48,13 @@ def facts_of(cache: LiveCache, times: Tensor) -> Tensor:
     return torch.cat((torch.tensor(numbers, dtype=torch.float64), times))
 
 
-def read_clip(
-    cache: LiveCache, frames: Tensor, facts: Tensor, where: slice, normalise: Callable[[Tensor], Tensor] | None
-) -> None:
-    """One clip, from pixels to keys and values in its slots: the launches that `ClipReader` captures.
+def see(cache: LiveCache, frames: Tensor, normalise: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """From pixels to embeddings `[num_tokens, hidden]`: the first half of the launches that `ClipReader` captures."""
+    return cache.adapter.embed_frames(frames if normalise is None else normalise(frames))
+
+
+def keep(cache: LiveCache, embeds: Tensor, facts: Tensor, where: slice) -> None:
+    """From embeddings to keys and values in a clip's slots: the second half.
 
     Args:
         facts: `facts_of` the clip, on the device.
@@ -60,8 +63,7 @@ def read_clip(
     cache.memory.describe(facts, cache.adapter.tokens_per_frame)
     cache.clip = Clip(where, facts[:4].to(torch.int32))
     try:
-        # No name for the pixels, so that they are gone before the language model runs.
-        remember(cache, cache.adapter.embed_frames(frames if normalise is None else normalise(frames)))
+        remember(cache, embeds)
     finally:
         cache.clip = None
 

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -92,6 +93,8 @@ class Stream:
         self.frame_size: tuple[int, ...] | None = None  # height and width of its frames as they were given
         self.gate = Gate()
         device = self.cache.adapter.device
+        # One object for good, as graphs are told apart by it; not a method, which graphs would hold the stream by.
+        self._pixels = partial(self.processor.pixels, image_size=self.cache.adapter.image_size)
         self._pinned = Pinned(device, 2) if device.type == "cuda" else None
         self._feed: Callable[[], Feed | None] = lambda: None  # a weak reference: a feed has its stream
         self._time: float | None = None
@@ -131,8 +134,7 @@ class Stream:
         for first in range(0, batch.shape[0], clip):
             part = batch[first : first + clip]
             part = self._pinned(part) if self._pinned and not part.is_cuda else part.to(adapter.device)
-            resized = self.processor.resized(part, adapter.image_size)
-            self._read(resized, stamps[first : first + clip], at_once=batch.shape[0] >= clip)
+            self._read(part, stamps[first : first + clip], self._pixels, at_once=batch.shape[0] >= clip)
             self.frame_size = size
 
     def watching(
@@ -195,15 +197,17 @@ class Stream:
 
     def read_staged(self, frames: Tensor, times: Sequence[float], num_dropped: int = 0) -> None:
         """A clip from `livevlm.staging`; `num_dropped` frames of its source have been left out so far."""
-        self._read(frames, self._times(times, frames.shape[0]))
+        self._read(frames, self._times(times, frames.shape[0]), self.processor.normalised)
         self._num_dropped_frames = self._num_dropped_before + num_dropped
 
-    def _read(self, frames: Tensor, stamps: Tensor, *, at_once: bool = False) -> None:
-        """Reads a clip, uint8 in the model's size on its device; see `LiveCache.push_unchecked`."""
+    def _read(
+        self, frames: Tensor, stamps: Tensor, normalise: Callable[[Tensor], Tensor], *, at_once: bool = False
+    ) -> None:
+        """Reads a clip, uint8 on the model's device; see `LiveCache.push_unchecked`."""
         start = clock.perf_counter()
         if not self.cache.num_frames:
             self.cache.prefill_prompt(self.processor.prompt("?")[0])
-        self.cache.push_unchecked(frames, stamps, self.processor.normalised, at_once=at_once)
+        self.cache.push_unchecked(frames, stamps, normalise, at_once=at_once)
         self._time = float(stamps[-1])
         self._encode_seconds += clock.perf_counter() - start
 
