@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from livevlm import Config, LiveCache
+from livevlm.errors import FrameError
 from livevlm.policies import POLICIES
+from livevlm.policies.history import SlotHistory
 from streams import PROMPT, pixels, times, tiny_random
 
 TOKENS = 4  # a frame of the random model
@@ -74,6 +76,42 @@ def test_keys_move_with_their_facts() -> None:
             row = kept(cache, "position")[layer].long() + full.memory.base
             assert torch.equal(kept(cache, "k")[layer], full.memory.k[layer, row]), policy
             assert torch.equal(kept(cache, "v")[layer], full.memory.v[layer, row]), policy
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+def test_novelty_keeps_what_its_slot_is_not_used_to(scope: str) -> None:
+    """By definition: cosines to the mean key of the slot over all frames that were seen, the one dropped included."""
+    full = watched(50, policy="full", clip=50)
+    cache = watched(50, policy="novelty", scope=scope, clip=50)  # one clip: both read the same context
+    memory = full.memory
+    keys = memory.video(memory.k).double().unflatten(1, (-1, TOKENS))
+    likeness = torch.cosine_similarity(keys, keys.mean(1, keepdim=True), dim=-1).mean(-1).flatten(1)
+    if scope == "shared":
+        likeness = likeness.mean(0, keepdim=True).repeat(3, 1)
+    likeness[:, -2 * TOKENS :] = -2
+    expected = likeness.argsort(1)[:, :64].sort(1).values
+    assert torch.equal(kept(cache, "position").long() - len(PROMPT), expected)
+
+
+def history_of(cache: LiveCache) -> SlotHistory:
+    assert cache.policy.history is not None
+    return cache.policy.history
+
+
+def test_novelty_remembers_frames_that_are_gone() -> None:
+    """The mean is that of all frames ever seen, in whatever clips they came; a clip that fails is not among them."""
+    frames, caches = pixels(60, 1), [watched(0, policy="novelty", scope="shared") for _ in range(2)]
+    for cache, sizes in zip(caches, ((8,) * 7 + (4,), (3, 8, 8, 8, 8, 8, 8, 8, 1)), strict=True):
+        for part, start in zip(frames.split(sizes), torch.tensor((0, *sizes)).cumsum(0).tolist(), strict=False):
+            if start == 24 or start == 27:
+                with pytest.raises(FrameError):
+                    cache.push(part * torch.nan, times(len(part), start))
+            cache.push(part, times(len(part), start))
+        assert history_of(cache).num_frames == 60
+    means = [history_of(cache).mean() for cache in caches]
+    assert means[0].shape == (3, TOKENS, 2, 16) and means[0].dtype == torch.float32
+    caches[0].reset()
+    assert history_of(caches[0]).num_frames == 0
 
 
 def test_recent_keeps_the_newest() -> None:

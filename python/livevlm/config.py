@@ -28,8 +28,8 @@ class Config:
 
     Attributes:
         policy: how the memory is kept within its budget. "vision_sink" (LiveVLM v2, Vision Sink Bucketing),
-            "clip_merge" (LiveVLM v1), "similarity" (InfiniPot-V, arXiv 2506.15745), and the baselines "recent",
-            "uniform" and "full" (keeps everything, unbounded).
+            "clip_merge" (LiveVLM v1), "similarity" (InfiniPot-V, arXiv 2506.15745), "novelty" (ours; made for
+            `scope="shared"`), and the baselines "recent", "uniform" and "full" (keeps everything, unbounded).
         budget: video tokens that are left per layer when the memory is compressed. 12,000 (LiveVLM v2). The prompt and
             the question come on top.
         max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`. Room

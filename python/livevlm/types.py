@@ -3,7 +3,7 @@
 
 from typing import Literal
 
-PolicyName = Literal["vision_sink", "clip_merge", "similarity", "recent", "uniform", "full"]
+PolicyName = Literal["vision_sink", "clip_merge", "similarity", "novelty", "recent", "uniform", "full"]
 RetrievalName = Literal["mean_key", "frame", "none"]
 Scope = Literal["layer", "shared"]
 Pooling = Literal["query", "softmax"]

@@ -7,6 +7,7 @@ from livevlm.config import Config
 from livevlm.policies.base import Policy, QueryWindow
 from livevlm.policies.clip_merge import ClipMerge
 from livevlm.policies.full import Full
+from livevlm.policies.novelty import Novelty
 from livevlm.policies.recent import Recent
 from livevlm.policies.similarity import Similarity
 from livevlm.policies.uniform import Uniform
@@ -16,6 +17,7 @@ POLICIES: dict[str, type[Policy]] = {
     "vision_sink": VisionSink,
     "clip_merge": ClipMerge,
     "similarity": Similarity,
+    "novelty": Novelty,
     "recent": Recent,
     "uniform": Uniform,
     "full": Full,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from livevlm.config import Config
 from livevlm.memory import KVShape, Memory
+from livevlm.policies.history import SlotHistory
 from livevlm.rope import Rope
 
 
@@ -70,6 +71,7 @@ class Policy(ABC):
 
     Attributes:
         num_queries: newest vision queries the policy wants to see.
+        history: of all frames, if the policy wants to know it.
         most_tokens: video tokens that may be held when no clip is being read: the budget, and what may pile up.
         each_clip: wants to see every clip by itself, so nothing piles up.
         unbounded: the memory grows with the stream.
@@ -83,6 +85,7 @@ class Policy(ABC):
         self.tokens_per_frame = tokens_per_frame
         self.recent = config.recent_tokens(budget, tokens_per_frame)
         self.num_queries = 0
+        self.history: SlotHistory | None = None
         room = min(int(config.slack * budget), config.clip_frames * tokens_per_frame)
         self.most_tokens = budget if self.each_clip else budget + room
 

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each patch slot has looked like so far, on average."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class SlotHistory:
+    """Mean un-rotated key of every patch slot over all frames of a stream, in each layer.
+
+    A clip counts from when it is `observe`d; `rollback` forgets it again, `commit` makes it stay.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """No frame was seen."""
+        self._mean: Tensor | None = None
+        self._new: tuple[Tensor, int] | None = None  # the mean with the clip that is not committed yet
+        self.num_frames = 0
+
+    def observe(self, k: Tensor, tokens_per_frame: int) -> None:
+        """Takes the keys of whole frames, `[num_layers, num_tokens, num_kv_heads, head_dim]`, into account."""
+        frames = k.unflatten(1, (-1, tokens_per_frame))
+        count = frames.shape[1]
+        mean = frames.mean(1, dtype=torch.float32)
+        if self._mean is not None:
+            mean = self._mean + (mean - self._mean) * (count / (self.num_frames + count))
+        self._new = mean, self.num_frames + count
+
+    def commit(self) -> None:
+        if self._new is not None:
+            (self._mean, self.num_frames), self._new = self._new, None
+
+    def rollback(self) -> None:
+        self._new = None
+
+    def mean(self) -> Tensor:
+        """float32 `[num_layers, tokens_per_frame, num_kv_heads, head_dim]`."""
+        mean = self._mean if self._new is None else self._new[0]
+        assert mean is not None, "a frame was seen"
+        return mean
