@@ -97,12 +97,12 @@ def fill_table(selected: Tensor, choice: Tensor, table: Tensor) -> None:
 
     Args:
         selected: retrieved blocks in time order, counted from the first of the video, int32 `[most]`; -1: none.
-        choice: int32 `[3]`: first block of the video, how many blocks were candidates, how many of these are retrieved.
+        choice: int32, `[3]` or more: first block of the video, how many blocks were candidates, how many are retrieved.
         table: int32 `[num_blocks]`, as many as the memory has; -1 behind the last one.
     """
     if kernels := _kernels(table):
         return kernels.fill_table(selected, choice, table)
-    first, candidates, count = choice.long().unbind()
+    first, candidates, count = choice[:3].long().unbind()
     column = torch.arange(table.shape[0], device=table.device)
     found = selected[(column - first).clamp(0, selected.shape[0] - 1)]
     found = torch.where(found >= 0, found + first.int(), -1)

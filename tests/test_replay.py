@@ -23,6 +23,7 @@ SETTINGS = {
     "everything": {"retrieval": "none"},
     "blocks": {"retrieval": "mean_key", "block_size": 8},
     "softmax": {"retrieval": "mean_key", "block_size": 8, "pooling": "softmax", "retrieval_ratio": 0.3},
+    "mass": {"retrieval": "mass", "block_size": 8},
     "frames": {"retrieval": "frame", "num_retrieved_frames": 5},
 }
 TOKENS = (11, 30, 12)  # an answer
@@ -126,7 +127,7 @@ def pair(tiny: livevlm.Checkpoint, config: Config, frames: torch.Tensor) -> Iter
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"retrieval": "mean_key", "pooling": "softmax"}, {"retrieval": "frame", "num_retrieved_frames": 8}],
+    [{}, *({"retrieval": name} for name in ("mean_key", "mass")), {"retrieval": "frame", "num_retrieved_frames": 8}],
     ids=lambda s: s.get("retrieval", "none"),
 )
 @pytest.mark.parametrize("retrieval_pass", ["inline", "two_pass"])

@@ -139,9 +139,28 @@ def test_representatives_follow_the_memory(policy: str, monkeypatch: pytest.Monk
     assert torch.equal(*chosen)
 
 
-def test_a_planted_key_is_found() -> None:
+def test_mass_is_that_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By definition: the share of attention, un-rotated, that the question's rows pay to a block, over all heads."""
+    cache = filled(retrieval="mass", retrieval_ratio=0.2)
+    memory, q = cache.memory, torch.randn(5, 14, 16)
+    count = cache.retrieval.num_candidates(memory)
+    assert count == 19 and cache.retrieval.num_selected(memory) == 4
+    for layer in range(3):
+        k = memory.k[layer, memory.video_start : memory.video_start + 8 * count].double()
+        logits = torch.einsum("qhd,khd->hqk", q.double(), k.repeat_interleave(7, 1)) / 4
+        mass = logits.softmax(-1).sum((0, 1)).unflatten(0, (count, 8)).sum(1)
+        assert torch.equal(cache.retrieval.select(memory, layer, q).long(), mass.topk(4).indices.sort().values)
+    made = []
+    monkeypatch.setattr(livevlm.retrieval, "summarize_blocks", lambda *args, **kwargs: made.append(1))
+    cache.push(pixels(1), times(1, 40))
+    ask(cache)
+    assert not made, "no representatives are needed"
+
+
+@pytest.mark.parametrize("retrieval", ["mean_key", "mass"])
+def test_a_planted_key_is_found(retrieval: str) -> None:
     """The block whose keys match the question's queries is retrieved, whatever its age (raw keys, as LiveVLM says)."""
-    cache = filled(retrieval="mean_key", retrieval_ratio=0.1)
+    cache = filled(retrieval=retrieval, retrieval_ratio=0.1)
     memory = cache.memory
     q = torch.randn(5, 14, 16)
     target = memory.video_start + 7 * 8

@@ -11,7 +11,7 @@ from torch import Tensor
 from livevlm.memory import KVShape
 
 BUCKETS = (16, 32, 64, 128, 256)  # tokens of a question, padded: a graph each
-NUM_FACTS = 12
+NUM_FACTS = 13
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """How the block table is put together; numbers of blocks."""
+    """How the block table is put together; numbers of blocks, but for the last one.
+
+    Attributes:
+        searched: entries that are looked at to find blocks: see `Retrieval.searched`.
+    """
 
     first: int
     candidates: int
     selected: int
+    searched: int
 
 
 class Buffers:
@@ -43,7 +48,7 @@ class Buffers:
         table: blocks that each layer attends to, `[num_layers, num_blocks]` int32.
         last_q: un-rotated query of the question's last token, `[num_layers, num_qo_heads, head_dim]`.
         place: of the pass that reads the question; step: of the one that reads `token`. int32 `[4]`.
-        choice: see `Choice`. int32 `[3]`.
+        choice: see `Choice`. int32 `[4]`.
         after_video: whether the first of `ids` stands for the newline that ends a video. int32 `[1]`.
     """
 
@@ -56,7 +61,7 @@ class Buffers:
         self.last_q = torch.zeros((layers, shape.num_qo_heads, shape.head_dim), dtype=shape.dtype, device=device)
         self.rows = torch.arange(BUCKETS[-1], dtype=torch.int32, device=device)
         self._facts = torch.zeros(NUM_FACTS + BUCKETS[-1], dtype=torch.int32, device=device)
-        self.place, self.step, self.choice, self.after_video, self.ids = self._facts.split([4, 4, 3, 1, BUCKETS[-1]])
+        self.place, self.step, self.choice, self.after_video, self.ids = self._facts.split([4, 4, 4, 1, BUCKETS[-1]])
         self._pinned = torch.zeros(self._facts.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._sent = self._pinned.numpy()  # the same memory
         self._copied = torch.cuda.Event() if device.type == "cuda" else None

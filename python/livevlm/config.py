@@ -53,12 +53,13 @@ class Config:
             (InfiniPot-V).
         recent_ratio: `similarity`: share of the budget held by the newest frames, 0.25 (InfiniPot-V).
         retrieval: which part of the memory a question attends to. "mean_key" (LiveVLM v2, Page-based Retrieval),
-            "frame" (ReKV, arXiv 2503.00540), "none": all of it.
-        retrieval_ratio: `mean_key`: share of the blocks retrieved, 0.4 (LiveVLM v2).
-        block_size: `mean_key`: tokens in a block, 16 (LiveVLM v2).
+            "mass" (ours): by the exact attention to each block, for which all keys are read; "frame" (ReKV, arXiv
+            2503.00540), "none": all of it.
+        retrieval_ratio: `mean_key`, `mass`: share of the blocks retrieved, 0.4 (LiveVLM v2).
+        block_size: `mean_key`, `mass`: tokens in a block, 16 (LiveVLM v2).
         num_retrieved_frames: `frame`: blocks of one frame that are retrieved, 64 (ReKV).
-        pooling: "query": the mean question query against the representatives (ReKV; LiveVLM v2 as we read it);
-            "softmax": a softmax per query token and head, then the sum (ours).
+        pooling: of `mean_key` and `frame`. "query": the mean question query against the representatives (ReKV; LiveVLM
+            v2 as we read it); "softmax": a softmax per query token and head, then the sum (ours).
         retrieval_pass: whose queries choose the blocks. "inline" (ours): those of the one pass that reads the question,
             chat template included. "two_pass" (ReKV; LiveVLM v2 as we read it): a pass of its own over the question's
             text alone goes first; like a question, it attends to the prompt, the newest frames and what each layer has

@@ -50,7 +50,7 @@ class Decoder:
         self.buffers, self.angles, self.backend = buffers, angles, backend
         self.plain = all_plain(layers)  # few rows are multiplied by kernels of our own
         self.plain_head = row_products.is_plain(adapter.model.lm_head, bias=False)
-        self.summaries = retrieval.buffer(memory) if config.retrieval != "none" else None
+        self.searched = retrieval.searched(memory) if config.retrieval != "none" else None
 
     @torch.no_grad()
     def read_question(self, rows: int, *, retrieve: bool) -> None:
@@ -113,8 +113,8 @@ class Decoder:
             store_tokens(q, k, v, memory.k[index], memory.v[index], place, last_q)
         q = q.view(x.shape[0], -1, memory.shape.head_dim)
         if retrieve:
-            assert self.summaries is not None
-            selected = self.retrieval.search(q, self.summaries[index], buffers.choice[1:2])
+            assert self.searched is not None
+            selected = self.retrieval.search(q, self.searched[index], buffers.choice[3:4])
             fill_table(selected, buffers.choice, buffers.table[index])
         out = block_attention(
             q,

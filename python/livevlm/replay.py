@@ -138,9 +138,11 @@ class Replay:
         assert self.buffers is not None
         memory, retrieval, num_tokens = self.cache.memory, self.cache.retrieval, after_video + token_ids.shape[0]
         packed = self.cache.config.positions == "packed"
-        choice = Choice(memory.video_start // memory.block_size, 0, 0)
+        candidates = selected = 0
         if retrieval.is_needed(memory):
-            choice = Choice(choice.first, retrieval.num_candidates(memory), retrieval.num_selected(memory))
+            candidates, selected = retrieval.num_candidates(memory), retrieval.num_selected(memory)
+        first, searched = memory.video_start // memory.block_size, retrieval.num_searched(candidates)
+        choice = Choice(first, candidates, selected, searched)
         keys = start - (choice.candidates - choice.selected) * memory.block_size
         position = keys if packed else first_position
         place = Place(start, keys + rows, position, num_tokens)
@@ -175,7 +177,7 @@ class Replay:
         assert self._layers is not None
         held = [memory.k, memory.v, memory.position, angles, adapter.inner.image_newline]
         if cache.config.retrieval != "none":
-            held.append(cache.retrieval.buffer(memory))
+            held.append(cache.retrieval.searched(memory))
         moved = (self._layers, *((tensor.data_ptr(), tuple(tensor.shape)) for tensor in held))
         if moved == self._moved:
             return

@@ -6,11 +6,14 @@ prompt are always attended to; they are no candidates.
 
 - "mean_key": blocks of `block_size` tokens, the best `retrieval_ratio` of them (LiveVLM v2, Page-based Retrieval).
 - "frame": blocks of one frame's number of tokens, the best `num_retrieved_frames` (ReKV).
+- "mass": blocks as for "mean_key", by the attention that the question really pays to their tokens: it reads all keys,
+  which is affordable in a memory of bounded size (ours).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,40 +61,51 @@ class Retrieval:
             int32 `[num_selected]`.
         """
         candidates = self.num_candidates(memory)
-        table, _ = retrieve_blocks(
-            q,
-            self.summaries(memory)[layer, :candidates],
-            kind="mean",
-            pooling=self.config.pooling,
-            num_selected=self.num_selected(memory),
-        )
+        if self.by_mass:
+            keys = self.searched(memory)[layer, : candidates * self.block_size]
+        else:
+            keys = self.summaries(memory)[layer, :candidates]
+        table, _ = retrieve_blocks(q, keys, num_selected=self.num_selected(memory), **self._how)
         return table
 
-    def search(self, q: Tensor, summaries: Tensor, num_candidates: Tensor) -> Tensor:
+    @property
+    def by_mass(self) -> bool:
+        return self.config.retrieval == "mass"
+
+    @property
+    def _how(self) -> dict[str, Any]:
+        if self.by_mass:
+            return {"kind": "mass", "block_size": self.block_size}
+        return {"kind": "mean", "pooling": self.config.pooling}
+
+    def searched(self, memory: Memory) -> Tensor:
+        """What is looked at to find blocks, of all layers: the keys themselves, or `buffer`."""
+        if not self.by_mass:
+            return self.buffer(memory)
+        whole = (memory.num_slots - memory.video_start) // self.block_size * self.block_size
+        return memory.k[:, memory.video_start : memory.video_start + whole]
+
+    def num_searched(self, num_candidates: int) -> int:
+        """How many entries of `searched` so many blocks are."""
+        return num_candidates * self.block_size if self.by_mass else num_candidates
+
+    def search(self, q: Tensor, searched: Tensor, num_searched: Tensor) -> Tensor:
         """`select` where the number of candidates is known on the device only.
 
         Args:
             q: as for `select`; rows of zeros choose nothing.
-            summaries: of one layer, as wide as the memory.
-            num_candidates: int32 `[1]`.
+            searched: of one layer, as wide as the memory.
+            num_searched: int32 `[1]`.
 
         Returns:
             int32, as many as there can be; -1 behind the last one.
         """
-        most, ratio = summaries.shape[0], None
+        most, ratio = searched.shape[0] // (self.block_size if self.by_mass else 1), None
         if self.config.retrieval == "frame":
             most = min(most, self.config.num_retrieved_frames)
         else:
             most, ratio = min(most, self._share_of(most)), self.config.retrieval_ratio
-        table, _ = retrieve_blocks(
-            q,
-            summaries,
-            kind="mean",
-            pooling=self.config.pooling,
-            num_selected=most,
-            ratio=ratio,
-            seq_lens=num_candidates,
-        )
+        table, _ = retrieve_blocks(q, searched, num_selected=most, ratio=ratio, seq_lens=num_searched, **self._how)
         return table
 
     def buffer(self, memory: Memory) -> Tensor:
@@ -106,7 +120,12 @@ class Retrieval:
         return kept
 
     def summaries(self, memory: Memory) -> Tensor:
-        """The representatives of all whole blocks that may be left out, in `buffer`; made where they are not there."""
+        """The representatives of all whole blocks that may be left out, in `buffer`; made where they are not there.
+
+        None are needed `by_mass`.
+        """
+        if self.by_mass:
+            return self.searched(memory)
         kept, count, now = self.buffer(memory), self.num_candidates(memory), (memory.version, memory.num_moves)
         if self._of != now:
             self._of, self._num_made = now, 0

@@ -4,7 +4,7 @@
 from typing import Literal
 
 PolicyName = Literal["vision_sink", "clip_merge", "similarity", "novelty", "recent", "uniform", "full"]
-RetrievalName = Literal["mean_key", "frame", "none"]
+RetrievalName = Literal["mean_key", "mass", "frame", "none"]
 Scope = Literal["layer", "shared"]
 Pooling = Literal["query", "softmax"]
 Positions = Literal["packed", "original"]
