@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 # By name of the kernel, first match; GEMMs of vision and language models are told apart by profiling vision alone.
 KINDS = {
-    "compression": r"score_tokens|select_tokens|compact_tokens|evict_similar|merge_tokens|redundancy|radix|sort|topk",
-    "retrieval": r"summarize|retrieve|fill_table",
-    "attention": r"attention|attend|flash|fmha|cudnn_generated|mha|merge_states|combine",
-    "linear": r"gemm|nvjet|cutlass|xmma|cublas|splitKreduce|gemv|conv",
+    # Our CUDA kernels are told by the struct of their arguments.
+    "compression": r"(Compact|Evict|Merge|Nearest|NearestWgmma|Order|Redundancy|Score|Select)Kernel|score_tokens|"
+    r"select_tokens|compact_tokens|evict_similar|merge_tokens|redundancy|radix|sort|topk",
+    "retrieval": r"RetrieveKernel|summarize|retrieve|fill_table",
+    "attention": r"AttentionKernel|TileAttention|attend|flash|fmha|cudnn_generated|mha|merge_states|combine",
+    "linear": r"gemm|nvjet|cutlass|xmma|cublas|splitK|gemv|conv|(product|project|gated)(_rows)?_kernel",
     "copies": r"[Mm]emcpy|[Mm]emset|copy_|CatArray",
 }
 TOP = 12
