@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from livevlm import Config, LiveCache
-from livevlm.errors import FrameError
-from livevlm.policies import POLICIES
-from livevlm.policies.history import SlotHistory
+from livevlm.memory import Memory
+from livevlm.policies import POLICIES, Policy
 from streams import PROMPT, pixels, times, tiny_random
 
 TOKENS = 4  # a frame of the random model
@@ -93,25 +94,49 @@ def test_novelty_keeps_what_its_slot_is_not_used_to(scope: str) -> None:
     assert torch.equal(kept(cache, "position").long() - len(PROMPT), expected)
 
 
-def history_of(cache: LiveCache) -> SlotHistory:
-    assert cache.policy.history is not None
-    return cache.policy.history
+def mean_of(cache: LiveCache) -> torch.Tensor:
+    assert cache.queries.history is not None
+    return cache.queries.history.mean()
 
 
-def test_novelty_remembers_frames_that_are_gone() -> None:
-    """The mean is that of all frames ever seen, in whatever clips they came; a clip that fails is not among them."""
-    frames, caches = pixels(60, 1), [watched(0, policy="novelty", scope="shared") for _ in range(2)]
-    for cache, sizes in zip(caches, ((8,) * 7 + (4,), (3, 8, 8, 8, 8, 8, 8, 8, 1)), strict=True):
-        for part, start in zip(frames.split(sizes), torch.tensor((0, *sizes)).cumsum(0).tolist(), strict=False):
-            if start == 24 or start == 27:
-                with pytest.raises(FrameError):
-                    cache.push(part * torch.nan, times(len(part), start))
-            cache.push(part, times(len(part), start))
-        assert history_of(cache).num_frames == 60
-    means = [history_of(cache).mean() for cache in caches]
-    assert means[0].shape == (3, TOKENS, 2, 16) and means[0].dtype == torch.float32
+def test_novelty_remembers_frames_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean is that of the keys of all frames ever read, in whatever clips they came; a clip that fails after it was
+    read is not among them, and neither is a stream before this one."""
+    frames, sizes, keys = pixels(60, 1), (5, 8, 20, 8, 18, 1), []
+    caches = [watched(0, policy="novelty", scope="shared", clip=20, budget=16) for _ in range(2)]
+    compress = type(caches[0].policy).compress
+
+    def noting(self: Policy, memory: Memory, *args: Any) -> None:
+        keys.append(memory.k[:, memory.video_end : memory.end].clone())
+        compress(self, memory, *args)
+
+    def failing(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    start = 0
+    for part in frames.split(sizes):
+        if start:
+            before = mean_of(caches[1]).clone()
+            with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+                patch.setattr(type(caches[1].policy), "compress", failing)
+                caches[1].push(part.flip(0), times(len(part), start))
+            assert torch.equal(mean_of(caches[1]), before)
+        for cache in caches:
+            with monkeypatch.context() as patch:
+                if cache is caches[0]:
+                    patch.setattr(type(cache.policy), "compress", noting)
+                cache.push(part, times(len(part), start))
+        start += len(part)
+    expected = torch.cat(keys, 1).unflatten(1, (-1, TOKENS)).double().mean(1)
+    assert torch.cat(keys, 1).shape[1] == 60 * TOKENS
+    torch.testing.assert_close(mean_of(caches[0]).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(mean_of(caches[0]), mean_of(caches[1]))
     caches[0].reset()
-    assert history_of(caches[0]).num_frames == 0
+    caches[0].prefill_prompt(PROMPT)
+    caches[0].push(frames[:2], times(2))
+    fresh = watched(0, policy="novelty", scope="shared", clip=20, budget=16)
+    fresh.push(frames[:2], times(2))
+    assert torch.equal(mean_of(caches[0]), mean_of(fresh))
 
 
 def test_recent_keeps_the_newest() -> None:

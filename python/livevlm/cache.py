@@ -25,6 +25,7 @@ from livevlm.ingest import ClipReader
 from livevlm.memory import Memory
 from livevlm.models import adapter_for
 from livevlm.policies import QueryWindow, policy_for
+from livevlm.policies.history import SlotHistory
 from livevlm.replay import Replay
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
@@ -137,9 +138,8 @@ class LiveCache(Cache):
         self.clips.forget()
         text = 128 + BUCKETS[-1] + self.config.max_new_tokens  # a prompt, a question and its answer
         self.memory = Memory(shape, self.retrieval.block_size, bound + text)
-        self.queries = QueryWindow(shape, self.policy.num_queries)
-        if self.policy.history is not None:
-            self.policy.history.reset()
+        history = SlotHistory(self.adapter.tokens_per_frame) if self.policy.wants_history else None
+        self.queries = QueryWindow(shape, self.policy.num_queries, history)
 
     # ---------------------------------------------------------------- called by livevlm.hooks
     @contextmanager
@@ -278,23 +278,17 @@ class LiveCache(Cache):
                 policy.compress(memory, self.queries, self.rope)
                 memory.commit_video()
             self.clips.read(frames, times, normalise)
-            if policy.history is not None:
-                policy.history.observe(memory.k[:, memory.video_end : memory.end], self.adapter.tokens_per_frame)
             if at_once or policy.each_clip or policy.num_video_tokens(memory) > policy.most_tokens:
                 policy.compress(memory, self.queries, self.rope)
         except BaseException as error:
             memory.rollback()
             self.queries.rollback()
-            if policy.history is not None:
-                policy.history.rollback()
             if isinstance(error, torch.OutOfMemoryError) and not memory.damaged:
                 clip = f"a clip of {frames.shape[0]} frames could not be read; nothing was lost"
                 raise torch.OutOfMemoryError(f"{clip}: {error}") from error
             raise
         memory.commit_video()
         self.queries.commit()
-        if policy.history is not None:
-            policy.history.commit()
         self.num_frames += frames.shape[0]
         if self.retrieval.is_needed(memory):
             with suppress(torch.OutOfMemoryError):  # a question would make them, too, but it should not have to wait

@@ -25,7 +25,7 @@ from livevlm.attention import angles_for, backend_for
 from livevlm.clip_pass import facts_of, keep, see
 from livevlm.errors import ModelError
 from livevlm.layers import Layers
-from livevlm.repeated import Repeated
+from livevlm.repeated import Launches, Repeated
 
 if TYPE_CHECKING:
     from livevlm.cache import LiveCache
@@ -76,8 +76,9 @@ class ClipReader:
         if frames.is_cuda:
             facts = facts.pin_memory()  # a copy from pinned memory does not wait for the GPU
         memory.reserve(num_tokens)  # a graph can't
-        why_kept = self._keep(embeds, facts, memory.open(num_tokens), why)
-        self.cache.queries.expect(num_tokens)
+        where = memory.open(num_tokens)
+        why_kept = self._keep(embeds, facts, where, why)
+        self.cache.queries.expect(memory.k[:, where])
         if frames.is_cuda:
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(frames.device))
@@ -120,9 +121,9 @@ class ClipReader:
         captured, why = None, why or vision.hooked
         if not why:
 
-            def make() -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+            def make() -> Launches:
                 pixels, out = torch.empty_like(frames), self._room(frames.shape[0], frames.device)
-                return lambda: cast(None, out.copy_(see(cache, pixels, normalise))), (pixels, out)
+                return lambda: out.copy_(see(cache, pixels, normalise)), (pixels, out)
 
             captured, why = self.seeing.find((frames.shape, frames.dtype, normalise), make, strict=self._strict)
         if captured is None:
@@ -159,7 +160,7 @@ class ClipReader:
             room = self._room(num_tokens // cache.adapter.tokens_per_frame, embeds.device)
             self.keeping.refer_to(layers, cache.memory.version, angles.data_ptr(), room.data_ptr())
 
-            def make() -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+            def make() -> Launches:
                 static = torch.empty(facts.shape, dtype=facts.dtype, device=embeds.device)
                 return partial(keep, cache, room, static, where), (static, room)
 

@@ -18,14 +18,14 @@ WARM = 2  # of a kind, launched eagerly first: libraries load their kernels and 
 TOO_FEW = "too few clips like this one yet"
 
 
-Make = Callable[[], tuple[Callable[[], None], tuple[Tensor, ...]]]
+Launches = tuple[Callable[[], object], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Captured:
     """Launches, and the tensors that they take what differs from."""
 
-    replay: Callable[[], None]
+    replay: Callable[[], object]
     inputs: tuple[Tensor, ...]
 
 
@@ -53,7 +53,7 @@ class Repeated:
             self.forget()
             self._of = things
 
-    def find(self, key: Hashable, make: Make, *, strict: bool) -> tuple[Captured | None, str]:
+    def find(self, key: Hashable, make: Callable[[], Launches], *, strict: bool) -> tuple[Captured | None, str]:
         """The graph for a key, or None to launch eagerly, and why.
 
         Args:
@@ -74,7 +74,7 @@ class Repeated:
                 self._failed = f"a clip could not be captured: {type(error).__name__}: {said}"
         return self.graphs.get(key), "" if key in self.graphs else self._failed
 
-    def _recorded(self, launch: Callable[[], None], like: Tensor) -> Callable[[], None]:
+    def _recorded(self, launch: Callable[[], object], like: Tensor) -> Callable[[], object]:
         graph, side = torch.cuda.CUDAGraph(), capture_stream(like.device)
         # Other threads may use the GPU, to bring frames there: only this one's mistakes end the capture.
         capture = torch.cuda.graph(graph, pool=self._pool.handle(), stream=side, capture_error_mode="thread_local")

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
-from itertools import chain, compress
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 # Leaves hooks on modules for good, when hidden states are first asked for. They do nothing in any other call.
 RECORDS = "transformers.utils.output_capturing"
@@ -18,8 +18,9 @@ def _act(hooks: dict[int, Any]) -> bool:
     return any(getattr(hook, "__module__", None) != RECORDS for hook in hooks.values())
 
 
-def _values(dictionaries: list[dict[str, Any]]) -> Iterator[Any]:
-    return chain.from_iterable(map(dict.values, dictionaries))
+def _places(entries: Iterable[tuple[dict[str, Any], str]]) -> tuple[tuple[Any, ...], ...]:
+    """Dictionaries, and the names to look up in them."""
+    return tuple(zip(*entries, strict=True)) or ((), ())
 
 
 class Watched:
@@ -32,42 +33,33 @@ class Watched:
 
     def __init__(self, roots: Iterable[nn.Module]) -> None:
         modules = [module for root in roots for module in root.modules()]
-        # Dictionaries that belong to modules: looking into these is many times faster than asking the modules. Most are
-        # not in the caches of a CPU that has waited for a GPU, so only what must be is looked at.
-        self._children = [m._modules for m in modules if m._modules]
-        self._weights = [m._parameters for m in modules if m._parameters]
-        self._is_weight = [weight is not None for weight in _values(self._weights)]
+        # Dictionaries that belong to modules: looking into these is many times faster than asking the modules.
+        self._children = _places((m._modules, name) for m in modules for name in m._modules)
+        self._weights = _places((m._parameters, n) for m in modules for n, w in m._parameters.items() if w is not None)
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._own = [m.__dict__ for m in modules]
         hooked = (m for m in modules if _act({**m._forward_hooks, **m._forward_pre_hooks}) or "forward" in m.__dict__)
         self.hooked = next((f"a {type(module).__name__} has hooks" for module in hooked), "")
-        self._hooks_before = self._state_of_hooks()
-        self._found, self._addresses = self._look()
+        self._found = self._look()
 
     def _look(self) -> tuple[list[Any], list[int]]:
-        """Modules, and addresses of weights. A call for every question and clip: no loop of Python's own."""
-        weights = compress(_values(self._weights), self._is_weight)
-        return list(_values(self._children)), list(map(Tensor.data_ptr, weights))
+        """Modules, and addresses of weights; for every question and clip, so in no loop of Python's own.
 
-    def _state_of_hooks(self) -> tuple[int, list[int]]:
-        """It differs where a hook was added anywhere, or an attribute to one of the modules."""
-        return RemovableHandle.next_id, list(map(len, self._own))
-
-    def _is_hooked(self) -> bool:
-        state = self._state_of_hooks()
-        if not self.hooked and state == self._hooks_before:
-            return False
-        self._hooks_before = state
-        return any(map(_act, self._hooks)) or any("forward" in own for own in self._own)
+        Raises:
+            KeyError, TypeError: one is not there any more.
+        """
+        weights: Iterator[Any] = map(operator.getitem, *self._weights)
+        return list(map(operator.getitem, *self._children)), list(map(Tensor.data_ptr, weights))
 
     def unchanged(self) -> bool:
         """Whether modules, weights' addresses, and that there are hooks or none, are what they were.
 
-        It takes a microsecond or two a layer.
+        It takes some microseconds a layer, most of them to bring what it looks at into the CPU's caches.
         """
-        if self._is_hooked() != bool(self.hooked):
+        hooked = any(self._hooks) and any(map(_act, self._hooks))
+        if bool(self.hooked) != (hooked or any(map(operator.contains, self._own, repeat("forward")))):
             return False
         try:
-            return self._look() == (self._found, self._addresses)
-        except TypeError:  # a weight is not there any more
+            return self._look() == self._found
+        except (KeyError, TypeError):
             return False

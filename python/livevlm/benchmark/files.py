@@ -13,7 +13,8 @@ import cv2
 import torch
 import torch.nn.functional as F
 
-from livevlm.benchmark.live import HEIGHT, WIDTH, Live
+from livevlm.benchmark.asking import questions
+from livevlm.benchmark.live import CLIP, HEIGHT, WIDTH, Live
 from livevlm.benchmark.report import Row, row
 from livevlm.benchmark.timing import Limit, milliseconds
 from livevlm.video import open_video
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 MOST_FRAMES = 2048
 FPS = 24.0
-CLIP = 8
 
 
 def write_video(path: Path, num_frames: int) -> None:
@@ -55,10 +55,7 @@ def file(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
         taken = milliseconds(partial(one.watch_file, path, CLIP), device) / count
         note = f"{one.num_frames - before} of {count} frames, decoding included"
         yield row("file", "livevlm", "encode ms/frame", [taken], history=count, frames=CLIP, note=note)
-        if not limit.passed:
-            answers = [one.ask(16) for _ in range(plan.repeats + 1)][1:]
-            yield row("file", "livevlm", "TTFT ms", [ttft for ttft, _ in answers], history=count)
-            yield row("file", "livevlm", "decode ms/token", [step for _, step in answers], history=count)
+        yield from questions("file", "livevlm", one.ask, count, plan.repeats, limit)
 
 
 def _decode(path: Path) -> None:

@@ -17,6 +17,7 @@ from livevlm.stream import Stream
 
 HEIGHT, WIDTH = 360, 640
 POOL = 16  # different frames
+CLIP = 8  # frames a call, where it isn't what is varied
 
 
 def frame_pool(count: int = POOL) -> Tensor:

@@ -10,17 +10,16 @@ from functools import partial
 import torch
 
 from livevlm.benchmark import timing
+from livevlm.benchmark.asking import questions
 from livevlm.benchmark.files import file
-from livevlm.benchmark.live import Live
+from livevlm.benchmark.live import CLIP, Live
 from livevlm.benchmark.profiling import profile
 from livevlm.benchmark.report import Row, row
 from livevlm.benchmark.stock import Stock
 from livevlm.benchmark.subject import Subject
 from livevlm.benchmark.timing import Limit
 
-CLIP = 8  # frames a call, where it isn't what is varied
 CALLS = (1, 8, 32)
-TOKENS = 16  # decoded after the first, each time
 
 
 @dataclass(frozen=True)
@@ -52,27 +51,6 @@ def _memory(part: str, system: str, history: int, device: torch.device) -> Itera
     for name, size in sizes.items():
         if size is not None:
             yield row(part, system, f"{name} GB", [size / 1e9], history=history)
-
-
-def _questions(
-    part: str,
-    system: str,
-    ask: Callable[[int], tuple[float, float]],
-    history: int,
-    repeats: int,
-    limit: Limit,
-    warm: int = 2,
-) -> Iterator[Row]:
-    steps: list[float] = []
-
-    def one() -> float:
-        ttft, step = ask(TOKENS)
-        steps.append(step)
-        return ttft
-
-    ttfts = timing.sampled(one, repeats, limit, warm)
-    yield row(part, system, "TTFT ms", ttfts, history=history)
-    yield row(part, system, "decode ms/token", steps[-len(ttfts) :], history=history)
 
 
 def _ended(part: str, system: str, metric: str, history: int, why: str) -> Row:
@@ -123,7 +101,7 @@ def live(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
     for history in plan.histories:
         taken = timing.milliseconds(partial(one.watch, history - seen, CLIP), device) / (history - seen)
         yield row("live", "livevlm", "encode ms/frame", [taken], history=history, frames=CLIP)
-        yield from _questions("live", "livevlm", one.ask, history, plan.repeats, limit)
+        yield from questions("live", "livevlm", one.ask, history, plan.repeats, limit)
         yield from _memory("live", "livevlm", history, device)
         seen = history
         if limit.passed and history < plan.frames:
@@ -145,7 +123,7 @@ def kept(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
                 seen += count
             if seen == history:
                 yield row("kept", "stock", "encode ms/frame", taken[-100:], history=history, frames=CLIP)
-                yield from _questions("kept", "stock", stock.ask, history, plan.repeats, limit)
+                yield from questions("kept", "stock", stock.ask, history, plan.repeats, limit)
                 yield from _memory("kept", "stock", history, device)
         except torch.OutOfMemoryError:
             yield _ended("kept", "stock", "TTFT ms", seen, f"out of memory after {seen} frames")
@@ -166,7 +144,7 @@ def oneshot(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
             stock = Stock(subject)
             few = min(3, plan.repeats)  # each takes seconds
             ask = partial(stock.ask_at_once, pixels)
-            yield from _questions("oneshot", system, ask, count, few, limit, warm=1)
+            yield from questions("oneshot", system, ask, count, few, limit, warm=1)
             yield from _memory("oneshot", system, count, device)
         except torch.OutOfMemoryError:
             yield _ended("oneshot", system, "TTFT ms", count, f"out of memory with {count} frames")

@@ -19,9 +19,11 @@ class QueryWindow:
 
     Attributes:
         q: `[num_layers, num_queries, num_qo_heads, head_dim]`, oldest first; the newest `count` rows are filled.
+        history: what all frames looked like, for policies that want to know it.
     """
 
-    def __init__(self, shape: KVShape, num_queries: int) -> None:
+    def __init__(self, shape: KVShape, num_queries: int, history: SlotHistory | None = None) -> None:
+        self.history = history
         size = (shape.num_layers, num_queries, shape.num_qo_heads, shape.head_dim)
         with torch.inference_mode(False):  # they are written in place, in inference mode and outside of it
             self.q = torch.zeros(size, dtype=shape.dtype, device=shape.device)
@@ -38,15 +40,25 @@ class QueryWindow:
             q = q[-self.capacity :]
             self._new[layer, self.capacity - q.shape[0] :] = q.detach()
 
-    def expect(self, num_tokens: int) -> None:
-        """The queries of a clip of so many tokens were observed, by a CUDA graph perhaps; `commit` makes them count."""
-        self._num_new = min(self.capacity, num_tokens)
+    def expect(self, k: Tensor) -> None:
+        """The queries of a clip with these keys were observed, by a CUDA graph perhaps; `commit` makes them count.
+
+        Args:
+            k: un-rotated, of whole frames, `[num_layers, num_tokens, num_kv_heads, head_dim]`.
+        """
+        self._num_new = min(self.capacity, k.shape[1])
+        if self.history is not None:
+            self.history.observe(k)
 
     def rollback(self) -> None:
         self._num_new = 0
+        if self.history is not None:
+            self.history.rollback()
 
     def commit(self) -> None:
         """Takes the observed queries into `q`."""
+        if self.history is not None:
+            self.history.commit()
         if self._num_new:
             joined, self.count = self._with_new()
             self.q.copy_(joined)
@@ -71,13 +83,13 @@ class Policy(ABC):
 
     Attributes:
         num_queries: newest vision queries the policy wants to see.
-        history: of all frames, if the policy wants to know it.
         most_tokens: video tokens that may be held when no clip is being read: the budget, and what may pile up.
+        wants_history: `queries.history` must be there.
         each_clip: wants to see every clip by itself, so nothing piles up.
         unbounded: the memory grows with the stream.
     """
 
-    unbounded = each_clip = False
+    unbounded = each_clip = wants_history = False
 
     def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
         self.config = config
@@ -85,7 +97,6 @@ class Policy(ABC):
         self.tokens_per_frame = tokens_per_frame
         self.recent = config.recent_tokens(budget, tokens_per_frame)
         self.num_queries = 0
-        self.history: SlotHistory | None = None
         room = min(int(config.slack * budget), config.clip_frames * tokens_per_frame)
         self.most_tokens = budget if self.each_clip else budget + room
 

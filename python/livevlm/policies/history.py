@@ -13,18 +13,14 @@ class SlotHistory:
     A clip counts from when it is `observe`d; `rollback` forgets it again, `commit` makes it stay.
     """
 
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """No frame was seen."""
+    def __init__(self, tokens_per_frame: int) -> None:
+        self.tokens_per_frame, self.num_frames = tokens_per_frame, 0
         self._mean: Tensor | None = None
         self._new: tuple[Tensor, int] | None = None  # the mean with the clip that is not committed yet
-        self.num_frames = 0
 
-    def observe(self, k: Tensor, tokens_per_frame: int) -> None:
+    def observe(self, k: Tensor) -> None:
         """Takes the keys of whole frames, `[num_layers, num_tokens, num_kv_heads, head_dim]`, into account."""
-        frames = k.unflatten(1, (-1, tokens_per_frame))
+        frames = k.unflatten(1, (-1, self.tokens_per_frame))
         count = frames.shape[1]
         mean = frames.mean(1, dtype=torch.float32)
         if self._mean is not None:

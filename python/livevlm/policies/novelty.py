@@ -14,24 +14,20 @@ from __future__ import annotations
 
 import torch
 
-from livevlm.config import Config
 from livevlm.memory import Memory
 from livevlm.policies.base import Policy, QueryWindow
-from livevlm.policies.history import SlotHistory
 from livevlm.rope import Rope
 from livevlm_kernels import score_redundancy, select_tokens
 
 
 class Novelty(Policy):
-    def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
-        super().__init__(config, budget, tokens_per_frame)
-        self.history = SlotHistory()
+    wants_history = True
 
     def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         if self.num_video_tokens(memory) <= self.budget:
             return
-        assert self.history is not None
-        usual = self.history.mean().to(memory.k.dtype)[:, None]
+        assert queries.history is not None
+        usual = queries.history.mean().to(memory.k.dtype)[:, None]
         k, v, slots = (memory.video(tensor) for tensor in (memory.k, memory.v, memory.slot))
         likeness, _ = score_redundancy(k, v, usual, slots, per_head=False)
         if self.config.scope == "shared":
