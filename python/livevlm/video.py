@@ -87,7 +87,7 @@ class VideoReader:
         self.is_live = _is_live(path)
         if not self.is_live:
             check_file(path)
-        self._cv2 = cv2 = _import_cv2()
+        self._cv2 = cv2 = import_cv2()
         self._capture = self._open()
 
         def number(name: int) -> float:
@@ -223,7 +223,7 @@ def _clock(seconds: float) -> str:
     return f"{int(minutes):02d}:{rest:04.1f}"
 
 
-def _import_cv2() -> Any:
+def import_cv2() -> Any:
     """Import OpenCV with its own messages off: a user gets one VideoError instead."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")

@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import cv2
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +16,7 @@ from livevlm.benchmark.asking import questions
 from livevlm.benchmark.live import CLIP, HEIGHT, WIDTH, Live
 from livevlm.benchmark.report import Row, row
 from livevlm.benchmark.timing import Limit, milliseconds
-from livevlm.video import open_video
+from livevlm.video import import_cv2, open_video
 
 if TYPE_CHECKING:
     from livevlm.benchmark.parts import Plan
@@ -29,6 +28,7 @@ FPS = 24.0
 
 def write_video(path: Path, num_frames: int) -> None:
     """A smooth picture that moves, 360p, MPEG-4."""
+    cv2 = import_cv2()
     coarse = torch.rand(1, 3, HEIGHT // 20, WIDTH // 20, generator=torch.Generator().manual_seed(0))
     picture = (F.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic").clamp(0, 1) * 255).byte()[0]
     picture = picture.permute(1, 2, 0).contiguous()
