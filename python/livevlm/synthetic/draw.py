@@ -222,7 +222,7 @@ class Draw:
         comes = there & ~F.pad(there, (0, 0, 1, 0))[:, :-1]
         times = comes.long().cumsum(1)[:, self.asked - 1].transpose(1, 2)  # [B, 64, K]
         likely = torch.where(times == 0, self._likely(), 1.0)
-        otherwise = 1e-5 * 10 ** times.float()  # most pairs never came, most others came once
+        otherwise = 1e-5 * 10.0 ** times.clamp(max=len(COUNTS))  # most pairs never came, most others came once
         weight = torch.where(times == self.integer(len(COUNTS))[:, None], 1.0, otherwise) * likely
         weight = weight * (times < len(COUNTS))
         pair = (self.uniform(self.b, NUM_PAIRS, self.k) * weight).argmax(1)
