@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from words import Encoder
 
 from livevlm.synthetic import ALL_KINDS, COLOURS, KINDS, NEW_KINDS, SHAPES, TOKENS_PER_FRAME
 from livevlm.synthetic.draw import Draw
 from livevlm.synthetic.events import MAX_LIFE, NUM_VARIANTS, Events, draw_events
 from livevlm.synthetic.render import render_batch
+from words import Encoder
 
 WEIGHTS = {
     "recall_colour": 1.0, "recall_shape": 1.0, "where": 1.8, "now_shape": 0.5, "now_colour": 0.5, "exist": 0.8,

@@ -19,13 +19,13 @@ from statistics import variance
 from typing import Any
 
 import torch
-from packed import packed_forward
-from words import Encoder
 
 import livevlm
 from livevlm import Config
 from livevlm.evaluation import answer_synthetic
 from livevlm.synthetic import ALL_KINDS, FULL_VOCAB, KINDS, NEW_KINDS, TOKENS_PER_FRAME, generate
+from packed import packed_forward
+from words import ID, Encoder
 
 LENGTHS = (32, 64, 128, 256, 1024)
 QUESTIONS = 16
@@ -57,12 +57,10 @@ def accuracy(
         ids, answer_at = encoder.asked(questions)
         said = packed_forward(model, pixels, ids, answer_at, moments, frame_start)[0].argmax(-1).tolist()
         for video, answers in zip(questions, said, strict=True):
-            hits = [
-                FULL_VOCAB[a] == q.answer if a < len(FULL_VOCAB) else False for q, a in zip(video, answers, strict=True)
-            ]
+            hits = [question for question, word in zip(video, answers, strict=True) if word == ID[question.answer]]
             asked.update(question.kind for question in video)
-            right.update(question.kind for question, hit in zip(video, hits, strict=True) if hit)
-            by_video.append(sum(hits) / len(hits))
+            right.update(question.kind for question in hits)
+            by_video.append(len(hits) / len(video))
     spread = variance(by_video) if videos > 1 else 0.0
     return {
         "frames": frames,
@@ -91,7 +89,6 @@ def evaluate(
         for name, kinds in (("old", KINDS), ("new", NEW_KINDS)):
             if name == "new" and not knows_all:
                 continue
-            # Counting can be asked at any time; motion cannot, and then counting takes its place.
             row = accuracy(model, device, frames, count, kinds)
             result[name].append(row)
             shares = " ".join(f"{kind} {share:.2f}" for kind, share in row["by_kind"].items())

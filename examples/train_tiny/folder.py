@@ -16,10 +16,10 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
-from words import ID
 
 from livevlm.checkpoint import TINY
 from livevlm.synthetic import FRAME_SIZE, FULL_VOCAB
+from words import ID
 
 VOCAB_SIZE = 80
 """Rows of the embedding: the words, rounded up to a multiple of 16."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+
 from batches import Batch, Shape
 from learner import Learner
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from batches import Batch
-from packed import encode_frames, packed_forward
 from torch import Tensor, nn
-from words import ID
 
+from batches import Batch
 from livevlm.synthetic import ALL_KINDS, COLOURS, SHAPES, TOKENS_PER_FRAME
+from packed import encode_frames, packed_forward
+from words import ID
 
 LEARNING_RATE = 1e-3
 VISION_RATE = 0.3

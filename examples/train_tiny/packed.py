@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from words import NEWLINE, PREFIX, ROWS
 
 from livevlm.synthetic import TOKENS_PER_FRAME
+from words import NEWLINE, PREFIX, ROWS
 
 
 def layout(asked: Tensor, frame_start: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positions, int64 [S], of all tokens, and an additive mask [S - P, S] for those behind the first P, the causal ones.
+    """Positions of all tokens, int64 [S], and an additive mask [S - P, S] for those behind the P causal ones.
 
     asked: int64 [K], frames seen at each question. frame_start: int64 [T], position of each frame's first token if
     the prefix were empty; consecutive frames are TOKENS_PER_FRAME apart, more where there is a gap.

@@ -21,16 +21,16 @@ from typing import Any
 
 import torch
 import transformers
+
+import livevlm
 from batches import Batches, shape_of
 from card import write_card
 from evaluate import evaluate
 from folder import build_model, save
 from graphs import GraphedSteps
 from learner import LEARNING_RATE, Learner
-from schedule import Schedule
-
-import livevlm
 from livevlm.synthetic import ALL_KINDS, KINDS
+from schedule import Schedule
 
 LOG_SECONDS = 5.0
 SAVE_SECONDS = 60.0
@@ -41,9 +41,7 @@ WARM_FRAMES = 256
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="from the start to the last step; evaluation follows"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="from start to last step; evaluation follows")
     parser.add_argument("--steps", type=int, help="stop after so many steps instead, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -146,7 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log(parameters=parameters, device=str(device), gpu=gpu, torch=torch.__version__)
     steps = train(options, learner, start, log)
     facts = {
-        "command": " ".join(sys.argv if arguments is None else ["train.py", *arguments]),
+        "command": " ".join(
+            ["python examples/train_tiny/train.py", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
         "seed": options.seed,
         "steps": steps,
         "minutes": round((time.monotonic() - start) / 60, 2),
