@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import livevlm
 from livevlm import Stream
@@ -177,6 +178,30 @@ def test_training_learns() -> None:
     assert losses[-1]["label_loss"] < losses[0]["label_loss"]
     still = [name for name, value in learner.model.named_parameters() if torch.equal(value, before[name])]
     assert all("post_layernorm" in name for name in still), still
+
+
+def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation of a step reads a value back, has a size that depends on data, or copies from the host: all of
+    these break a CUDA graph. (The optimizer's own step differs by device; it is left out.)"""
+    from batches import Batches, shape_of
+    from folder import build_model
+    from learner import Learner
+
+    class Watch(TorchDispatchMode):
+        names: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.add(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    device = torch.device("cpu")
+    learner = Learner(build_model(), device)
+    batch = Batches(device, seed=1).draw(shape_of(4, 8, 8))
+    monkeypatch.setattr(learner.optimizer, "step", lambda: None)
+    with Watch() as watch:
+        learner.step(batch)
+    waits = {"_local_scalar_dense", "item", "nonzero", "masked_select", "bincount", "_unique2", "lift_fresh", "one_hot"}
+    assert len(watch.names) > 40 and not watch.names & waits, watch.names & waits
 
 
 def test_a_stop_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

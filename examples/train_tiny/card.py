@@ -51,7 +51,7 @@ at the end. The interval is 95 % of the spread between videos. The first row is 
 
 {tables}
 
-Streamed by livevlm itself on a CPU, {streamed_videos} videos of {streamed_frames} frames: {streamed:.3f}.
+Streamed by livevlm itself on a CPU, {streamed_videos} videos of {streamed_frames} frames, all kinds: {streamed:.3f}.
 
 Not measured here: answers under eviction and retrieval, in bfloat16, of another seed.
 

@@ -45,8 +45,7 @@ def accuracy(
     """One row: share answered right, by kind too; +- is 95 % of the spread between videos."""
     asked, right, by_video = Counter[str](), Counter[str](), []
     encoder = Encoder(device)
-    made = None if set(kinds) <= set(KINDS) else ALL_KINDS
-    clips = generate(frames, seed=seed, num_videos=videos, device=device, kinds=made)
+    clips = generate(frames, seed=seed, num_videos=videos, device=device, kinds=kinds)
     moments = torch.full((QUESTIONS,), frames, device=device)
     frame_start = torch.arange(frames, device=device) * TOKENS_PER_FRAME
     size = max(1, FRAMES_AT_ONCE // frames)
@@ -93,18 +92,19 @@ def evaluate(
             result[name].append(row)
             shares = " ".join(f"{kind} {share:.2f}" for kind, share in row["by_kind"].items())
             print(f"{frames:>5} frames {name}: {row['accuracy']:.3f} +- {row['ci95']:.3f} | {shares}", flush=True)
-    result["streamed"] = streamed(folder, min(videos, 8), min(32, longest))
+    known = ALL_KINDS if knows_all else KINDS
+    result["streamed"] = streamed(folder, known, min(videos, 8), min(32, longest))
     if folder != "tiny":
         (Path(folder) / "eval.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     return result
 
 
-def streamed(folder: Path | str, videos: int, frames: int) -> dict[str, Any]:
-    """The same through `livevlm.Stream` on the CPU: a look at whether the folder works as a whole."""
+def streamed(folder: Path | str, kinds: Sequence[str], videos: int, frames: int) -> dict[str, Any]:
+    """All kinds through `livevlm.Stream` on the CPU: a look at whether the folder works as a whole."""
     config = Config(policy="full", retrieval="none", clip_frames=8)
     checkpoint = livevlm.load(folder, device="cpu")
     score = answer_synthetic(
-        checkpoint, config, num_videos=videos, num_frames=frames, num_questions=QUESTIONS, seed=SEED
+        checkpoint, config, num_videos=videos, num_frames=frames, num_questions=QUESTIONS, seed=SEED, kinds=kinds
     )
     print(f"{frames:>5} frames streamed through livevlm: {score.accuracy:.3f}", flush=True)
     return {"frames": frames, "videos": videos, "accuracy": round(score.accuracy, 4)}

@@ -50,8 +50,12 @@ def build_model() -> Any:
 def save(model: Any, folder: Path) -> None:
     """Writes weights in bfloat16 with all that belongs to them; an older model in the folder is replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(folder)
+    staging = folder / ".saving"  # whoever stops the process finds a whole file
+    copy.deepcopy(model).to("cpu", torch.bfloat16).save_pretrained(staging)
+    for path in staging.iterdir():
+        path.chmod(0o644)
+        path.replace(folder / path.name)
+    staging.rmdir()
     for name in SHARED:
         shutil.copyfile(TINY / name, folder / name)
     tokenizer = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))

@@ -4,7 +4,8 @@
     python examples/train_tiny/train.py --minutes 8 --seed 0 --out tiny      # one H100
     python examples/train_tiny/train.py --steps 5 --frames 16 --questions 8 --longest 4 --warm-steps 2 --out /tmp/tiny
 
-The second line is a trial on any machine. The folder holds the newest weights at any time, also after Ctrl-C.
+The second line is a trial on any machine. The folder gets the newest weights every minute. Ctrl-C ends the training
+early: weights are saved and evaluated as at its end.
 """
 
 from __future__ import annotations
@@ -137,16 +138,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = livevlm.checkpoint.find_device(options.device)
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a plan for each length, and again inside of a graph
+    transformers.utils.logging.disable_progress_bar()
     log = Log(options.out, start)
     learner = Learner(build_model(), device)
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     log(parameters=parameters, device=str(device), gpu=gpu, torch=torch.__version__)
     steps = train(options, learner, start, log)
+    given = sys.argv[1:] if arguments is None else arguments
     facts = {
-        "command": " ".join(
-            ["python examples/train_tiny/train.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
+        "command": " ".join(["python examples/train_tiny/train.py", *given]),
         "seed": options.seed,
         "steps": steps,
         "minutes": round((time.monotonic() - start) / 60, 2),

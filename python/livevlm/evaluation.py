@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import variance
 
@@ -55,22 +55,24 @@ def answer_synthetic(
     num_frames: int,
     num_questions: int,
     seed: int,
+    kinds: Sequence[str] | None = None,
     progress: Callable[[], None] | None = None,
 ) -> Score:
     """Streams generated videos, each asked `num_questions` questions at its end.
 
     Args:
-        checkpoint: a model that knows the synthetic vocabulary, `livevlm.load("tiny")`.
+        checkpoint: a model that knows the synthetic vocabulary, such as `livevlm.load("tiny")`.
         config: settings of every stream; `clip_frames` frames are pushed at a time.
         seed: of videos and questions; the same seed gives the same ones for every config.
+        kinds: of questions; None is the eight that the embedded checkpoint knows. Videos are made for them.
         progress: called after every video.
     """
     score, seconds = Score(), 0.0
-    for index, video in enumerate(generate(num_frames, seed=seed, num_videos=num_videos)):
+    for index, video in enumerate(generate(num_frames, seed=seed, num_videos=num_videos, kinds=kinds)):
         stream = Stream(checkpoint.model, checkpoint.processor, config)
         stream.push(video.frames)
         right = 0
-        for question in video.questions(num_questions, seed=seed + index):
+        for question in video.questions(num_questions, seed=seed + index, kinds=kinds):
             answer = stream.ask(question.text, num_evidence=0, max_new_tokens=2)
             score.asked[question.kind] += 1
             score.right[question.kind] += answer == question.answer

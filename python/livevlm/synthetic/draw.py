@@ -58,6 +58,11 @@ def word_ids(words: tuple[str, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([FULL_VOCAB.index(word) for word in words], device=device)
 
 
+@lru_cache(maxsize=32)
+def _allowed(kinds: tuple[str, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([kind in kinds for kind in ALL_KINDS], device=device)
+
+
 class Draw:
     """What is known when each of K questions is asked about each of B videos with N events.
 
@@ -77,7 +82,7 @@ class Draw:
         self.events, self.asked, self.rng, self.kinds = events, asked, rng, tuple(kinds)
         self.device = asked.device
         (self.b, self.n), self.k = events.shape.shape, len(asked)
-        self.allowed = torch.tensor([kind in kinds for kind in ALL_KINDS]).to(self.device, non_blocking=True)
+        self.allowed = _allowed(self.kinds, self.device)
         self.weights = self.allowed.float() if weights is None else weights * self.allowed
         first = events.first_visible()
         self.seen = first[..., None] < asked  # [B, N, K], as `last`, `last_cell` and `only_...`
@@ -112,7 +117,8 @@ class Draw:
         return values[..., None].expand(self.b, self.n, self.k)
 
     def _counts(self, index: torch.Tensor, size: int) -> torch.Tensor:
-        return torch.einsum("bns,bnk->bsk", F.one_hot(index, size).float(), self.seen.float()).long()
+        is_it = index[..., None] == torch.arange(size, device=self.device)
+        return torch.einsum("bns,bnk->bsk", is_it.float(), self.seen.float()).long()
 
     def _only(self, counts: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         return self.seen & (counts.gather(1, self._each(index)) == 1)
