@@ -157,6 +157,19 @@ def test_batches_teach_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
             assert [((*COLOURS, "nothing")[c], (*SHAPES, "nothing")[s]) for c, s in labels] == shown
 
 
+@torch.no_grad()
+def test_the_embedded_checkpoint_answers_a_batch() -> None:
+    """Trained long ago by other code, it has learned what batches ask: also with gaps between frames' positions."""
+    from batches import Batches, shape_of
+    from packed import packed_forward
+
+    model = livevlm.load("tiny", device="cpu").model
+    batch = Batches(torch.device("cpu"), seed=5, kinds=KINDS).draw(shape_of(24, 96, 128), gaps=1.0)
+    answers, ends, _ = packed_forward(model, batch.frames, batch.ids, batch.answer_at, batch.asked, batch.frame_start)
+    assert (answers.argmax(-1) == batch.answer).float().mean() > 0.94
+    assert (ends.argmax(-1) == VOCAB.index("<|im_end|>")).all()
+
+
 def test_training_learns() -> None:
     """A few steps on one batch: the loss on the answers and on what cells show falls."""
     from batches import Batches, shape_of
