@@ -217,6 +217,32 @@ def test_a_step_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(watch.names) > 40 and not watch.names & waits, watch.names & waits
 
 
+@pytest.mark.cuda
+def test_graphs_train_as_eager_steps_do() -> None:
+    from batches import Batches, shape_of
+    from folder import build_model
+    from graphs import EAGER_STEPS, GraphedSteps
+    from learner import Learner
+
+    device = torch.device("cuda")
+    eager, graphed = Learner(build_model(), device), Learner(build_model(), device)
+    graphed.model.load_state_dict(eager.model.state_dict())
+    graphed.head.load_state_dict(eager.head.state_dict())
+    steps = GraphedSteps(graphed)
+    batches = Batches(device, seed=0)
+    for turn in range(2 * (EAGER_STEPS + 3)):
+        shape = shape_of((8, 16)[turn % 2], 64, 64)
+        batch = batches.draw(shape)
+        for learner in (eager, graphed):
+            learner.set_rate(0.1 + 0.05 * turn)
+            learner.label_weight.fill_(0.5)
+        eager.step(batch)
+        steps(shape, batch)
+        losses = [learner.read()["loss"] for learner in (eager, graphed)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.03), turn
+    assert len(steps.captured) == 2
+
+
 def test_a_stop_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import train
     from learner import Learner

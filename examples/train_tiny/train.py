@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a tiny LLaVA-OneVision checkpoint on synthetic videos, from nothing, in one run of about ten minutes.
 
-    python examples/train_tiny/train.py --minutes 8 --seed 0 --out tiny      # one H100
+    python examples/train_tiny/train.py --minutes 8 --seed 0 --out my-tiny      # one H100
     python examples/train_tiny/train.py --steps 5 --frames 16 --questions 8 --longest 4 --warm-steps 2 --out /tmp/tiny
 
 The second line is a trial on any machine. The folder gets the newest weights every minute. Ctrl-C ends the training
@@ -41,7 +41,7 @@ WARM_FRAMES = 256
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--out", type=lambda name: Path(name).resolve(), required=True, help="folder of the checkpoint")
     parser.add_argument("--minutes", type=float, default=8.0, help="from start to last step; evaluation follows")
     parser.add_argument("--steps", type=int, help="stop after so many steps instead, whatever the time")
     parser.add_argument("--seed", type=int, default=0)
