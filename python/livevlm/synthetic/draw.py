@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from livevlm.synthetic.events import Events
+from livevlm.synthetic.new_kinds import NUM_PAIRS, Row, count, motion, word_ids
 from livevlm.synthetic.vocabulary import (
     ALL_KINDS,
     CELLS,
     COLOURS,
-    COUNTS,
-    DIRECTIONS,
-    FULL_VOCAB,
-    GRID,
     KINDS,
     SHAPES,
     TOKENS_PER_FRAME,
@@ -29,11 +25,6 @@ from livevlm.synthetic.vocabulary import (
 
 RECENT = 8
 """An emptied cell is asked about most often when an object was there in the last this many frames."""
-NUM_PAIRS = len(SHAPES) * len(COLOURS)
-"""Pairs of a shape and a colour; a pair's number is ``shape * len(COLOURS) + colour``."""
-
-
-Row = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +41,6 @@ class Drawn:
     """Index into ``FULL_VOCAB``."""
     evidence: torch.Tensor
     """``Question.evidence_frame``, where -1 stands for None."""
-
-
-@lru_cache(maxsize=32)
-def word_ids(words: tuple[str, ...], device: torch.device) -> torch.Tensor:
-    """Return int64 [len(words)]: the index of each word in ``FULL_VOCAB``.  It is shared: do not write to it."""
-    return torch.tensor([FULL_VOCAB.index(word) for word in words], device=device)
 
 
 @lru_cache(maxsize=32)
@@ -124,7 +109,7 @@ class Draw:
         return self.seen & (counts.gather(1, self._each(index)) == 1)
 
     @staticmethod
-    def _at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Look up [B, anything, K] at [B, K]."""
         return values.gather(1, index[:, None])[:, 0]
 
@@ -153,10 +138,10 @@ class Draw:
         first_shape, first_colour, first_cell, nothing, yes, no = word_ids(
             (SHAPES[0], COLOURS[0], CELLS[0], "nothing", "yes", "no"), self.device
         )
-        exist_last = self._at(self.pair_last, exist_pair)
+        exist_last = self.at(self.pair_last, exist_pair)
 
         def last(event: torch.Tensor) -> torch.Tensor:
-            return self._at(self.last, event)
+            return self.at(self.last, event)
 
         # One row a kind: can it be asked, shape and colour it names, answer, evidence.
         rows: list[Row] = [
@@ -164,7 +149,7 @@ class Draw:
             (can_by_colour, zero, colour.gather(1, by_colour), first_shape + shape.gather(1, by_colour),
              last(by_colour)),
             (can_by_pair, shape.gather(1, by_pair), colour.gather(1, by_pair),
-             first_cell + self._at(self.last_cell, by_pair), last(by_pair)),
+             first_cell + self.at(self.last_cell, by_pair), last(by_pair)),
             (always, zero, zero, torch.where(occupant < 0, nothing, first_shape + shape.gather(1, shown)), never),
             (always, zero, zero, torch.where(occupant < 0, nothing, first_colour + colour.gather(1, shown)), never),
             (always, exist_pair // len(COLOURS), exist_pair % len(COLOURS), torch.where(exist_last < 0, no, yes),
@@ -175,8 +160,8 @@ class Draw:
              torch.minimum(last(after), last(following))),
         ]  # fmt: skip
         unasked = (zero > 0, zero, zero, zero, never)
-        rows.append(self._count() if "count" in self.kinds else unasked)
-        rows.append(self._motion() if "motion" in self.kinds else unasked)
+        rows.append(count(self) if "count" in self.kinds else unasked)
+        rows.append(motion(self) if "motion" in self.kinds else unasked)
 
         can, shapes, colours, answers, evidence = (torch.stack(column, -1) for column in zip(*rows, strict=True))
         possible = can & self.allowed
@@ -198,61 +183,19 @@ class Draw:
         occupied = self.events.occupant[:, self.asked - 1] >= 0  # [B, K, 16]
         full = (self.uniform(self.b, self.k, TOKENS_PER_FRAME) * occupied).argmax(-1)
         recently = (self.last >= self.asked - RECENT) & self.seen
-        left = self._at(self.last_cell, (self.uniform(self.b, self.n, self.k) * recently).argmax(1))
+        left = self.at(self.last_cell, (self.uniform(self.b, self.n, self.k) * recently).argmax(1))
         u = self.uniform(self.b, self.k)
         anywhere = self.integer(TOKENS_PER_FRAME)
         return torch.where((u < 0.65) & occupied.any(-1), full, torch.where(u < 0.88, left, anywhere))
 
-    def _likely(self) -> torch.Tensor:
+    def likely(self) -> torch.Tensor:
         """Weight [B, 64, K] of pairs that were not seen: high if both shape and colour were, but not together."""
         both = (self.shape_counts[:, :, None] > 0) & (self.colour_counts[:, None] > 0)
         return 0.3 + 0.7 * both.flatten(1, 2)
 
     def _exist_pair(self, any_seen: torch.Tensor, can_any: torch.Tensor) -> torch.Tensor:
         """Draw the pair [B, K] of an "exist" question: half of them seen, half not."""
-        weight = self._likely() * (self.pair_counts == 0)
+        weight = self.likely() * (self.pair_counts == 0)
         unseen = (self.uniform(self.b, NUM_PAIRS, self.k) * weight).argmax(1)
         positive = (self.uniform(self.b, self.k) < 0.5) & can_any | (self.pair_counts > 0).all(1)
         return torch.where(positive, self.pair.gather(1, any_seen), unseen)
-
-    def _count(self) -> Row:
-        """Draw a "count" question: a pair that came 0 to 4 times, each number as likely where there is a choice.
-
-        A pair comes whenever a frame shows it and the frame before did not.
-        """
-        num_frames = self.events.occupant.shape[1]
-        occupant = self.events.occupant.flatten(1)
-        shown = torch.where(occupant >= 0, self.pair.gather(1, occupant.clamp(min=0)), NUM_PAIRS)
-        there = torch.zeros(self.b, num_frames, NUM_PAIRS + 1, dtype=torch.bool, device=self.device)
-        there = there.scatter(2, shown.view(self.b, num_frames, TOKENS_PER_FRAME), True)[..., :NUM_PAIRS]
-        comes = there & ~F.pad(there, (0, 0, 1, 0))[:, :-1]
-        times = comes.long().cumsum(1)[:, self.asked - 1].transpose(1, 2)  # [B, 64, K]
-        likely = torch.where(times == 0, self._likely(), 1.0)
-        otherwise = 1e-5 * 10.0 ** times.clamp(max=len(COUNTS))  # most pairs never came, most others came once
-        weight = torch.where(times == self.integer(len(COUNTS))[:, None], 1.0, otherwise) * likely
-        weight = weight * (times < len(COUNTS))
-        pair = (self.uniform(self.b, NUM_PAIRS, self.k) * weight).argmax(1)
-        can = (times < len(COUNTS)).any(1)
-        answer = word_ids(COUNTS, self.device)[self._at(times, pair).clamp(max=len(COUNTS) - 1)]
-        return can, pair // len(COLOURS), pair % len(COLOURS), answer, self._at(self.pair_last, pair)
-
-    def _motion(self) -> Row:
-        """Draw a "motion" question: from the first to the last cell where the only object of its pair was seen.
-
-        It was seen in two frames at least, and each direction is as likely where there is a choice.
-        """
-        events = self.events
-        row = self.last_cell // GRID - events.cell[..., :1] // GRID  # [B, N, K]; an object shows from its start
-        column = self.last_cell % GRID - events.cell[..., :1] % GRID
-        sideways = torch.where(column < 0, 0, 1)
-        upright = torch.where(row < 0, 2, torch.where(row > 0, 3, 4))
-        direction = torch.where(column != 0, sideways, upright)  # index into DIRECTIONS
-        twice = events.at_age(events.visible.long().cumsum(-1), events.ages(self.asked)) >= 2
-        eligible = self.only_pair & twice
-        still = len(DIRECTIONS) - 1
-        otherwise = torch.where(direction == still, 1e-4, 0.01)
-        wanted = torch.where(direction == self.integer(len(DIRECTIONS))[:, None], 1.0, otherwise)
-        event = (self.uniform(self.b, self.n, self.k) * eligible * wanted).argmax(1)
-        answer = word_ids(DIRECTIONS, self.device)[self._at(direction, event)]
-        shape, colour = events.shape.gather(1, event), events.colour.gather(1, event)
-        return eligible.any(1), shape, colour, answer, self._at(self.last, event)
