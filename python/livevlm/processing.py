@@ -117,7 +117,7 @@ class Processor:
         return before, self._ids(f"{middle}{question.strip()}{end}")
 
     def template(self) -> Tensor:
-        """Token ids after the video of a chat whose question is empty, `[num_tokens]` int64: what all have in common."""
+        """Token ids after the video of a chat whose question is empty, `[num_tokens]` int64: what all chats share."""
         _, middle, end = self._chat()
         return self._ids(f"{middle}{end}")
 
