@@ -87,8 +87,8 @@ class _Group:
 def rows_of(by_key: dict[Key, dict[str, Any]], settings: Iterable[Setting], frames: Iterable[int]) -> list[Row]:
     """A row for each setting and length that there are records of, in their order."""
     groups: dict[tuple[int, Setting], dict[int, dict[str, Any]]] = defaultdict(dict)
-    for (num_frames, index, *names, budget), record in by_key.items():
-        groups[num_frames, Setting(*map(str, names), budget)][index] = record
+    for (num_frames, index, preset, retrieval, positions, budget), record in by_key.items():
+        groups[num_frames, Setting(preset, retrieval, positions, budget)][index] = record
     rows = []
     for num_frames in frames:
         for setting in settings:

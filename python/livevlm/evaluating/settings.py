@@ -125,6 +125,7 @@ def settings_of(
         preset = PRESETS[name]
         for retrieval in ["none"] if "retrieval" in preset.settings else retrievals:
             for place in [preset.settings["positions"]] if "positions" in preset.settings else positions:
-                for budget in [None] if preset.share_of is None else budgets:
-                    found[Setting(name, retrieval, place, budget)] = True
+                shares: Sequence[float | None] = [None] if preset.share_of is None else budgets
+                for share in shares:
+                    found[Setting(name, retrieval, place, share)] = True
     return list(found)
