@@ -43,7 +43,7 @@ def _numbers(text: str, what: str) -> list[float]:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("eval_synthetic"),
     show_default=True,
-    help="Folder of results. A run that was stopped goes on there.",
+    help="Folder of results. A run that was stopped goes on there, and others add to it.",
 )
 @click.option("--plots/--no-plots", default=True, help="Draw them, with matplotlib.  [default: yes]")
 @one_line_errors

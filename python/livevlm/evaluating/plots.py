@@ -36,14 +36,16 @@ def _figure(
 ) -> list[Path]:
     figure, axes = pyplot.subplots(figsize=(8.0, 4.8), layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
-    for place, name in enumerate(dict.fromkeys(row.label for row in rows)):
+    names = list(dict.fromkeys(row.label for row in rows))
+    for place, name in enumerate(names):
         own = sorted((row for row in rows if row.label == name), key=lambda row: getattr(row, axis) or 0)
         colour = colours[place % len(colours)]
         y, half = [row.accuracy for row in own], [row.ci95 for row in own]
         if axis == "budget" and own[0].budget is None:
             axes.axhline(y[0], linestyle="--", color=colour, label=name)
         else:
-            x = [getattr(row, axis) for row in own]
+            apart = 1.004 ** (place - len(names) / 2)  # so that intervals do not hide each other
+            x = [getattr(row, axis) * apart for row in own]
             axes.errorbar(x, y, yerr=half, marker="o", markersize=4, capsize=2, color=colour, label=name)
     axes.axhline(CHANCE_LEVEL, linestyle=":", color="gray", label="guess")
     axes.set(xlabel=label, ylabel=LABEL, title=title, ylim=(0, 1.02), xscale="log")

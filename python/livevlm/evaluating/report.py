@@ -84,17 +84,15 @@ class _Group:
         return sum(record[name] for record in self.records.values()) / len(self.records)
 
 
-def rows_of(by_key: dict[Key, dict[str, Any]], settings: Iterable[Setting], frames: Iterable[int]) -> list[Row]:
-    """A row for each setting and length that there are records of, in their order."""
+def rows_of(by_key: dict[Key, dict[str, Any]]) -> list[Row]:
+    """A row for each length and setting that there are records of."""
     groups: dict[tuple[int, Setting], dict[int, dict[str, Any]]] = defaultdict(dict)
     for (num_frames, index, preset, retrieval, positions, budget), record in by_key.items():
         groups[num_frames, Setting(preset, retrieval, positions, budget)][index] = record
     rows = []
-    for num_frames in frames:
-        for setting in settings:
-            if (num_frames, setting) in groups:
-                full = next((groups[key] for key in _full(num_frames) if key in groups), {})
-                rows.append(_row(num_frames, setting, _Group(groups[num_frames, setting]), _Group(full)))
+    for num_frames, setting in sorted(groups, key=lambda group: (group[0], group[1].rank)):
+        full = next((groups[key] for key in _full(num_frames) if key in groups), {})
+        rows.append(_row(num_frames, setting, _Group(groups[num_frames, setting]), _Group(full)))
     return rows
 
 

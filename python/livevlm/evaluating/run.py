@@ -60,7 +60,7 @@ def compare(
     plots: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Comparison:
-    """Runs what is not in `folder` yet, and writes results of all that is.
+    """Runs what is not in `folder` yet, and writes results of all that is there, of earlier plans too.
 
     Args:
         progress: called with the frames watched so far, those found in `folder` included, and all there will be.
@@ -90,8 +90,7 @@ def compare(
                 progress(done, total)
     finally:
         records.close()
-    wanted = {key: record for key, record in records.by_key.items() if key[1] < plan.streams}
-    rows = rows_of(wanted, plan.settings, plan.frames)
+    rows = rows_of(records.by_key)
     facts = {**plan.facts(), **_versions(), "processes": processes, "machine": _machine(plan.device)}
     files = write(rows, facts, folder)
     if plots:

@@ -75,6 +75,16 @@ class Setting:
     def name(self) -> str:
         return self.preset if self.retrieval == "none" else f"{self.preset} + {self.retrieval}"
 
+    @property
+    def rank(self) -> tuple[int, int, str, float]:
+        """Where it stands in a table."""
+        return (
+            list(PRESETS).index(self.preset),
+            list(RETRIEVALS).index(self.retrieval),
+            self.positions,
+            -(self.budget or 0),
+        )
+
     def config(self, num_frames: int, tokens_per_frame: int, *, clip_frames: int, seed: int, graphs: str) -> Config:
         """Settings of a stream of that length.
 
