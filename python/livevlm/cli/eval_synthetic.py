@@ -73,10 +73,11 @@ def synthetic(
 
     \b
     settings   full, blind (the newest frame), recent, uniform, random,
-               similarity, vision_sink, clip_merge, proxy_query: a set of
-               tokens for each layer; with "-shared", one for all layers;
+               similarity, novelty, vision_sink, clip_merge, proxy_query:
+               tokens of each layer's own; with "-shared", the same of all;
                as published: livevlm, infinipot-v, streammem, rekv
-    retrieval  none, mean_key, frame (40 % of the memory), or with "-softmax"
+    retrieval  none, or 40 % of the memory: mass, mean_key, frame, and the
+               latter two with "-softmax"
     """
     from rich.console import Console  # seconds of imports: not needed for --help
     from rich.progress import (

@@ -37,6 +37,8 @@ PRESETS: dict[str, Preset] = {
     "random": Preset({"policy": "random"}),
     "similarity": Preset({"policy": "similarity"}),
     "similarity-shared": Preset({"policy": "similarity", "scope": "shared"}),
+    "novelty": Preset({"policy": "novelty"}),
+    "novelty-shared": Preset({"policy": "novelty", "scope": "shared"}),
     "vision_sink": Preset({"policy": "vision_sink"}),
     "vision_sink-shared": Preset({"policy": "vision_sink", "scope": "shared"}),
     "clip_merge": Preset({"policy": "clip_merge"}),
@@ -53,6 +55,7 @@ RETRIEVALS: dict[str, dict[str, Any]] = {
     "none": {"retrieval": "none"},
     "mean_key": {"retrieval": "mean_key", "retrieval_ratio": RETRIEVED},
     "mean_key-softmax": {"retrieval": "mean_key", "retrieval_ratio": RETRIEVED, "pooling": "softmax"},
+    "mass": {"retrieval": "mass", "retrieval_ratio": RETRIEVED},
     "frame": {"retrieval": "frame"},
     "frame-softmax": {"retrieval": "frame", "pooling": "softmax"},
 }
