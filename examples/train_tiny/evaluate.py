@@ -22,7 +22,7 @@ import torch
 
 import livevlm
 from livevlm import Config
-from livevlm.evaluation import answer_synthetic
+from livevlm.evaluating.watching import watch
 from livevlm.synthetic import ALL_KINDS, FULL_VOCAB, KINDS, NEW_KINDS, TOKENS_PER_FRAME, generate
 from packed import packed_forward
 from words import ID, Encoder
@@ -103,11 +103,13 @@ def streamed(folder: Path | str, kinds: Sequence[str], videos: int, frames: int)
     """All kinds through `livevlm.Stream` on the CPU: a look at whether the folder works as a whole."""
     config = Config(policy="full", retrieval="none", clip_frames=8)
     checkpoint = livevlm.load(folder, device="cpu")
-    score = answer_synthetic(
-        checkpoint, config, num_videos=videos, num_frames=frames, num_questions=QUESTIONS, seed=SEED, kinds=kinds
-    )
-    print(f"{frames:>5} frames streamed through livevlm: {score.accuracy:.3f}", flush=True)
-    return {"frames": frames, "videos": videos, "accuracy": round(score.accuracy, 4)}
+    right = []
+    for index, video in enumerate(generate(frames, seed=SEED, num_videos=videos, kinds=kinds)):
+        questions = video.questions(QUESTIONS, seed=SEED + index, kinds=kinds)
+        right += [answer[-1] for answer in watch(checkpoint, config, video.frames, questions)["answers"]]
+    accuracy = sum(right) / len(right)
+    print(f"{frames:>5} frames streamed through livevlm: {accuracy:.3f}", flush=True)
+    return {"frames": frames, "videos": videos, "accuracy": round(accuracy, 4)}
 
 
 def main() -> None:

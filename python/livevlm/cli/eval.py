@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`livevlm eval`: the field's benchmarks on a user's own copies, and the sum of their answers."""
+"""`livevlm eval`: memories compared on generated videos; the field's benchmarks on a user's own copies."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, get_args
 import click
 
 from livevlm.cli.ask import CHECKPOINTS, one_line_errors
+from livevlm.cli.eval_synthetic import synthetic
 from livevlm.types import PolicyName, RetrievalName
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -26,16 +27,17 @@ TITLES = {
 }
 
 
-@click.group("eval", short_help="Run the field's benchmarks on your own copies.")
+@click.group("eval", short_help="How many questions are answered right.")
 def evaluate() -> None:
-    """Run benchmarks on your own copies: questions at their times, in one pass over each video.
+    """Run benchmarks on your own copies: questions at their times, in one pass over each video. "synthetic" needs none:
+    it compares memories on generated videos.
 
     Answers are kept one by one: a run that was killed goes on where it was. Under torchrun each process takes a share
     of the videos. See docs/evaluation.md.
     """
 
 
-# Other kinds of evaluation are added here: evaluate.add_command(...)
+evaluate.add_command(synthetic)
 
 
 def options(command: Callable[..., None]) -> Callable[..., None]:

@@ -74,10 +74,11 @@ class Policy(ABC):
         history: of all frames, if the policy wants to know it.
         most_tokens: video tokens that may be held when no clip is being read: the budget, and what may pile up.
         each_clip: wants to see every clip by itself, so nothing piles up.
+        asks: wants the queries of the text around a question, asked behind the memory, in the place of vision queries.
         unbounded: the memory grows with the stream.
     """
 
-    unbounded = each_clip = False
+    unbounded = each_clip = asks = False
 
     def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
         self.config = config
@@ -97,7 +98,7 @@ class Policy(ABC):
         set, also between clips, when there are none.
 
         Args:
-            memory: what to compress; its newest video tokens are those that `queries` belong to.
+            memory: what to compress; its newest video tokens are those that `queries` belong to, unless it `asks`.
             queries: see `QueryWindow`.
             rope: the model's rotary embedding.
         """
