@@ -113,7 +113,7 @@ def test_question_before_any_frame(tiny: livevlm.Checkpoint) -> None:
         ({"budget": 1.5}, "budget=1.5"),
         ({"budget": True}, "budget=True"),
         ({"policy": "best"}, "policy='best' is unknown; allowed: vision_sink, clip_merge"),
-        ({"retrieval": "all"}, "retrieval='all' is unknown; allowed: mean_key, frame, none"),
+        ({"retrieval": "all"}, "retrieval='all' is unknown; allowed: mean_key, mass, frame, none"),
         ({"positions": "yarn"}, "positions='yarn'"),
         ({"scope": "head"}, "scope='head'"),
         ({"bucket_by": "frame"}, "bucket_by='frame'"),
