@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from livevlm import Config, LiveCache
+import livevlm
+from livevlm import Config, LiveCache, Stream
 from livevlm.memory import Memory
 from livevlm.policies import POLICIES, Policy
+from livevlm.synthetic import generate
 from streams import PROMPT, pixels, times, tiny_random
 
 TOKENS = 4  # a frame of the random model
@@ -71,7 +73,7 @@ def test_what_is_kept(policy: str, scope: str) -> None:
 def test_keys_move_with_their_facts() -> None:
     """Every kept key and value is the one that was written for its position, un-rotated."""
     full = watched(16, policy="full", clip=16)
-    for policy in ("recent", "similarity", "vision_sink"):
+    for policy in ("recent", "similarity", "vision_sink", "proxy_query", "random"):
         cache = watched(16, policy=policy, clip=16)  # one clip: both read the same context
         for layer in range(3):
             row = kept(cache, "position")[layer].long() + full.memory.base
@@ -152,6 +154,76 @@ def test_uniform_keeps_whole_frames_at_even_distances() -> None:
         gaps = frame[:-2, 0].diff()  # the last two are the newest, whatever their number
         assert gaps.max() <= 2 * gaps.min(), "no period is forgotten"
         assert gaps.max() <= 2 * length / 14
+
+
+@pytest.mark.parametrize("scope", ["layer", "shared"])
+@pytest.mark.parametrize("clip", [1, 8])
+def test_random_gives_every_token_the_same_chance(scope: str, clip: int) -> None:
+    """Over many seeds each tenth of the stream, and each patch slot, has its share of the tokens kept."""
+    by_time, by_slot, num_frames = torch.zeros(10), torch.zeros(TOKENS), 42
+    for seed in range(40):
+        cache = watched(num_frames, policy="random", scope=scope, clip=clip, policy_seed=seed)
+        frame, slot = (kept(cache, name)[:, : -2 * TOKENS] for name in ("frame", "slot"))
+        rows = slice(None) if scope == "layer" else slice(0, 1)
+        by_time += torch.bincount(frame[rows].flatten() // 4, minlength=10)
+        by_slot += torch.bincount(slot[rows].flatten(), minlength=TOKENS)
+    for counts in (by_time, by_slot):
+        expected = counts.sum() / len(counts)
+        chi2 = ((counts - expected) ** 2 / expected).sum()
+        assert chi2 < 30, counts  # of 9 and 3 degrees of freedom: 28 is exceeded once in a thousand
+
+
+def test_random_draws_each_token_once() -> None:
+    """Who is kept at the end was never evicted, whatever the clips; seeds and layers draw others."""
+    rows = [kept(watched(60, policy="random", clip=clip), "position") for clip in (1, 8, 60)]
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
+    assert not torch.equal(rows[0][0], rows[0][1])
+    assert not torch.equal(rows[0], kept(watched(60, policy="random", policy_seed=1), "position"))
+
+
+@pytest.mark.parametrize("positions", ["packed", "original"])
+def test_proxy_query_keeps_what_the_text_behind_the_video_attends_to(positions: str) -> None:
+    """The scores of a single compression are the attention of a question made of the same text."""
+    full = watched(12, policy="full", clip=12, positions=positions)
+    memory, text = full.memory, full.adapter.embed_question(PROMPT)
+    attended = torch.zeros(3, memory.num_video_tokens)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    layer = iter(range(3))
+
+    def watch(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        k_of_head = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        old = memory.num_tokens  # the text's own keys are no part of the softmax
+        mass = ((q @ k_of_head.transpose(-1, -2))[..., :old] * kwargs["scale"]).softmax(-1)
+        attended[next(layer)] = mass.mean((0, 1, 2))[memory.num_prompt_tokens :]
+        return attend(q, k, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, full.question():
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+        full.adapter.language_model(inputs_embeds=text[None], past_key_values=full, use_cache=True)
+    attended[:, -2 * TOKENS :] = torch.inf
+    best = attended.topk(20, dim=1).indices.sort().values
+    assert torch.equal(
+        kept(watched(12, policy="proxy_query", clip=12, budget=20, positions=positions), "position"),
+        (best + len(PROMPT)).int(),
+    )
+
+
+def test_proxy_query_asks_with_the_chat_template_and_leaves_no_trace() -> None:
+    tiny = livevlm.load("tiny", device="cpu")
+    stream = Stream(*tiny[:2], Config(policy="proxy_query", budget=64, slack=0, clip_frames=8))
+    assert tiny.processor.tokenizer.decode(stream.cache.template).split() == ["<|im_end|>", "<|im_start|>", "assistant"]
+    seen, compress = [], stream.cache.policy.compress
+
+    def watch(memory: Any, queries: Any, rope: Any) -> None:
+        if memory.end - memory.video_start > 64:
+            assert memory.num_new_tokens == 8 * 16, "the text is gone again"
+            seen.append(queries.newest().shape[1])
+        compress(memory, queries, rope)
+
+    stream.cache.policy.compress = watch  # type: ignore[method-assign]
+    stream.push(generate(24, seed=3)[0].frames)
+    assert seen == [4, 4, 4], "the newline that ends the video, and the template"
 
 
 def test_similarity_drops_what_repeats() -> None:

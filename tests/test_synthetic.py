@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from livevlm.synthetic import (
+    ALL_KINDS,
     ANSWERS,
     CELLS,
     CHANCE,
@@ -194,7 +195,8 @@ def test_vocabulary() -> None:
     tokenizer = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     ids = tokenizer["model"]["vocab"]
     assert [ids[word] for word in VOCAB] == list(range(len(VOCAB)))
-    assert KINDS == tuple(TEMPLATES) == tuple(ANSWERS) == tuple(CHANCE)
+    assert ALL_KINDS == tuple(TEMPLATES) == tuple(ANSWERS) == tuple(CHANCE)
+    assert ALL_KINDS[: len(KINDS)] == KINDS, "the embedded checkpoint knows these, in this order"
     assert len(CELLS) == TOKENS_PER_FRAME == 16
     assert CHANCE["where"] == 1 / 16
     assert CHANCE["exist"] == 1 / 2

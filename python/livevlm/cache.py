@@ -122,6 +122,8 @@ class LiveCache(Cache):
         self._doing: Literal["read", "answer"] | None = None
         self.clip: Clip | None = None  # being read
         self.prompt: Tensor | None = None  # token ids read before the video
+        self.template: Tensor | None = None  # token ids around a question after the video, for policies that ask
+        self._observe: Callable[[int, Tensor], None] | None = None  # the queries of such a question
         self.graph_pool = GraphPool()
         self.clips = ClipReader(self)
         self._new_memory()
@@ -169,7 +171,7 @@ class LiveCache(Cache):
                 where,
                 first_position,
                 turn=self._turn if is_question else None,
-                observe=None if clip is None else self.queries.observe,
+                observe=self._observe if clip is None else self.queries.observe,
                 place=None if clip is None else clip.place,
             )
             yield
@@ -275,11 +277,11 @@ class LiveCache(Cache):
         held, num_new = memory.num_video_tokens, frames.shape[0] * self.adapter.tokens_per_frame
         try:
             if held > self.budget and held + num_new > policy.most_tokens:
-                policy.compress(memory, self.queries, self.rope)
+                self._compress()
                 memory.commit_video()
             self.clips.read(frames, times, normalise)
             if at_once or policy.each_clip or policy.num_video_tokens(memory) > policy.most_tokens:
-                policy.compress(memory, self.queries, self.rope)
+                self._compress()
         except BaseException as error:
             memory.rollback()
             self.queries.rollback()
@@ -293,6 +295,27 @@ class LiveCache(Cache):
         if self.retrieval.is_needed(memory):
             with suppress(torch.OutOfMemoryError):  # a question would make them, too, but it should not have to wait
                 self.retrieval.summaries(memory)
+
+    def _compress(self) -> None:
+        queries, policy = self.queries, self.policy
+        if policy.asks and policy.num_video_tokens(self.memory) > self.budget:
+            queries = self._asked()
+        policy.compress(self.memory, queries, self.rope)
+
+    def _asked(self) -> QueryWindow:
+        """The queries of the text around a question, read behind all that is there, and forgotten."""
+        text = self.prompt if self.template is None else self.template
+        if text is None:
+            text = torch.empty(0, dtype=torch.int64)
+        embeds, start = self.adapter.embed_question(text), self.memory.end
+        window = QueryWindow(self.memory.shape, embeds.shape[0])
+        self._observe = window.observe
+        try:
+            remember(self, embeds)
+            window.expect(self.memory.k[:, start : self.memory.end])
+        finally:
+            self._observe, self.memory.end = None, start
+        return window
 
     # ---------------------------------------------------------------- questions
     def _require_idle(self) -> None:

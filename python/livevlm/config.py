@@ -29,7 +29,8 @@ class Config:
     Attributes:
         policy: how the memory is kept within its budget. "vision_sink" (LiveVLM v2, Vision Sink Bucketing),
             "clip_merge" (LiveVLM v1), "similarity" (InfiniPot-V, arXiv 2506.15745), "novelty" (ours; made for
-            `scope="shared"`), and the baselines "recent", "uniform" and "full" (keeps everything, unbounded).
+            `scope="shared"`), "proxy_query" (StreamMem), and the baselines "recent", "uniform", "random" and "full"
+            (keeps everything, unbounded).
         budget: video tokens that are left per layer when the memory is compressed. 12,000 (LiveVLM v2). The prompt and
             the question come on top.
         max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`. Room
@@ -52,6 +53,7 @@ class Config:
         alpha: `similarity`: share of the budget chosen by temporal redundancy, the rest by value norm, 0.5
             (InfiniPot-V).
         recent_ratio: `similarity`: share of the budget held by the newest frames, 0.25 (InfiniPot-V).
+        policy_seed: `random`: another number draws other tokens, 0 (ours).
         retrieval: which part of the memory a question attends to. "mean_key" (LiveVLM v2, Page-based Retrieval),
             "mass" (ours): by the exact attention to each block, for which all keys are read; "frame" (ReKV, arXiv
             2503.00540), "none": all of it.
@@ -91,6 +93,7 @@ class Config:
     clip_keep_ratio: float = 0.25
     alpha: float = 0.5
     recent_ratio: float = 0.25
+    policy_seed: int = 0
     retrieval: RetrievalName = "mean_key"
     retrieval_ratio: float = 0.4
     block_size: int = 16
@@ -122,6 +125,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        seed = self.policy_seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise ConfigError(f"policy_seed={seed!r} must be a whole number from 0 to {2**31 - 1}")
         for name in ("clip_keep_ratio", "recent_ratio", "retrieval_ratio", "scatter_ratio", "alpha", "slack"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be a number")

@@ -113,17 +113,25 @@ class Processor:
         for marker in (VIDEO, *self.tokenizer.all_special_tokens):
             if marker in question:
                 raise QuestionError(f"question={question!r} holds {marker!r}, a marker of the model and no text")
-        template = self.chat_template or getattr(self.tokenizer, "chat_template", None) or FALLBACK_TEMPLATE
-        if template not in self._chats:
-            self._chats[template] = self._chat(template)
-        before, middle, end = self._chats[template]
+        before, middle, end = self._chat()
         return before, self._ids(f"{middle}{question.strip()}{end}")
 
-    def _chat(self, template: str) -> tuple[Tensor, str, str]:
+    def template(self) -> Tensor:
+        """Token ids after the video of a chat whose question is empty, `[num_tokens]` int64: what all chats share."""
+        _, middle, end = self._chat()
+        return self._ids(f"{middle}{end}")
+
+    def _chat(self) -> tuple[Tensor, str, str]:
         """Of a chat with one question: token ids before the video, text between the two, and text behind both.
 
         A template is run once, since running it takes longer than all that is left to do for a question.
         """
+        template = self.chat_template or getattr(self.tokenizer, "chat_template", None) or FALLBACK_TEMPLATE
+        if template not in self._chats:
+            self._chats[template] = self._parts_of(template)
+        return self._chats[template]
+
+    def _parts_of(self, template: str) -> tuple[Tensor, str, str]:
         content = [{"type": "video"}, {"type": "text", "text": QUESTION}]
         text = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],

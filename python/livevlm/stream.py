@@ -90,6 +90,8 @@ class Stream:
         self.config = config or Config()
         self.processor = Processor.wrap(processor)
         self.cache = LiveCache(model, self.config)
+        if self.cache.policy.asks:
+            self.cache.template = self.processor.template().to(self.cache.adapter.device)
         self.frame_size: tuple[int, ...] | None = None  # height and width of its frames as they were given
         self.gate = Gate()
         device = self.cache.adapter.device

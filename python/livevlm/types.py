@@ -3,7 +3,9 @@
 
 from typing import Literal
 
-PolicyName = Literal["vision_sink", "clip_merge", "similarity", "novelty", "recent", "uniform", "full"]
+PolicyName = Literal[
+    "vision_sink", "clip_merge", "similarity", "novelty", "proxy_query", "recent", "uniform", "random", "full"
+]
 RetrievalName = Literal["mean_key", "mass", "frame", "none"]
 Scope = Literal["layer", "shared"]
 Pooling = Literal["query", "softmax"]

@@ -8,6 +8,8 @@ from livevlm.policies.base import Policy, QueryWindow
 from livevlm.policies.clip_merge import ClipMerge
 from livevlm.policies.full import Full
 from livevlm.policies.novelty import Novelty
+from livevlm.policies.proxy_query import ProxyQuery
+from livevlm.policies.random import Random
 from livevlm.policies.recent import Recent
 from livevlm.policies.similarity import Similarity
 from livevlm.policies.uniform import Uniform
@@ -18,8 +20,10 @@ POLICIES: dict[str, type[Policy]] = {
     "clip_merge": ClipMerge,
     "similarity": Similarity,
     "novelty": Novelty,
+    "proxy_query": ProxyQuery,
     "recent": Recent,
     "uniform": Uniform,
+    "random": Random,
     "full": Full,
 }
 

@@ -86,10 +86,11 @@ class Policy(ABC):
         most_tokens: video tokens that may be held when no clip is being read: the budget, and what may pile up.
         wants_history: `queries.history` must be there.
         each_clip: wants to see every clip by itself, so nothing piles up.
+        asks: wants the queries of the text around a question, asked behind the memory, in the place of vision queries.
         unbounded: the memory grows with the stream.
     """
 
-    unbounded = each_clip = wants_history = False
+    unbounded = each_clip = asks = wants_history = False
 
     def __init__(self, config: Config, budget: int, tokens_per_frame: int) -> None:
         self.config = config
@@ -108,7 +109,7 @@ class Policy(ABC):
         set, also between clips, when there are none.
 
         Args:
-            memory: what to compress; its newest video tokens are those that `queries` belong to.
+            memory: what to compress; its newest video tokens are those that `queries` belong to, unless it `asks`.
             queries: see `QueryWindow`.
             rope: the model's rotary embedding.
         """

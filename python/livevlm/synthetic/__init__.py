@@ -18,13 +18,16 @@ from livevlm.synthetic.events import Events
 from livevlm.synthetic.questions import Question
 from livevlm.synthetic.video import SyntheticVideo, generate
 from livevlm.synthetic.vocabulary import (
+    ALL_KINDS,
     ANSWERS,
     CELLS,
     CHANCE,
     COLOURS,
     FRAME_SIZE,
+    FULL_VOCAB,
     GRID,
     KINDS,
+    NEW_KINDS,
     SHAPES,
     TEMPLATES,
     TOKENS_PER_FRAME,
@@ -32,13 +35,16 @@ from livevlm.synthetic.vocabulary import (
 )
 
 __all__ = [
+    "ALL_KINDS",
     "ANSWERS",
     "CELLS",
     "CHANCE",
     "COLOURS",
     "FRAME_SIZE",
+    "FULL_VOCAB",
     "GRID",
     "KINDS",
+    "NEW_KINDS",
     "SHAPES",
     "TEMPLATES",
     "TOKENS_PER_FRAME",

@@ -103,26 +103,32 @@ class _Scenes:
     gain: torch.Tensor
     """float32 [B, F]: brightness of each frame."""
 
-    def texture(self, video: int) -> torch.Tensor:
-        """Return float32 [S, 3, 112, 112]: the scenes of one video."""
+    def texture(self) -> torch.Tensor:
+        """Return float32 [B, S, 3, 112, 112]: the scenes."""
         size = (FRAME_SIZE, FRAME_SIZE)
-        smooth = F.interpolate(self.coarse[video], size=size, mode="bilinear", align_corners=True)
-        return smooth + F.interpolate(self.grain[video], size=size, mode="nearest")
+        smooth = F.interpolate(self.coarse.flatten(0, 1), size=size, mode="bilinear", align_corners=True)
+        grain = F.interpolate(self.grain.flatten(0, 1), size=size, mode="nearest")
+        return (smooth + grain).view(*self.coarse.shape[:3], *size)
+
+    def videos(self, which: slice) -> _Scenes:
+        """Return the scenes of some of the videos."""
+        return _Scenes(**{name: value[which] for name, value in vars(self).items()})
 
 
 def _draw_scenes(b: int, f: int, rng: torch.Generator) -> _Scenes:
     def uniform(*size: int) -> torch.Tensor:
-        return torch.rand(*size, generator=rng)
+        return torch.rand(*size, generator=rng, device=rng.device)
 
     s = f // 12 + 2
+    frame = torch.arange(f, device=rng.device)
     length = 12 + (uniform(b, s) * 29).long()
     end = length.cumsum(1) - (uniform(b, 1) * 12).long()
-    of_frame = (torch.arange(f)[None, :, None] >= end[:, None, :]).sum(-1).clamp(max=s - 1)
+    of_frame = (frame[None, :, None] >= end[:, None, :]).sum(-1).clamp(max=s - 1)
     base = 0.28 + 0.34 * uniform(b * s, 1, 1, 1) + 0.10 * (uniform(b * s, 3, 1, 1) - 0.5)
     coarse = base + 0.24 * (uniform(b * s, 1, 5, 5) - 0.5) + 0.12 * (uniform(b * s, 3, 5, 5) - 0.5)
     grain = (uniform(b * s, 1, FRAME_SIZE // 2, FRAME_SIZE // 2) - 0.5) * 0.16
     phase, rate = uniform(b, 1) * 6.283, 0.05 + 0.25 * uniform(b, 1)
-    gain = 1 + 0.10 * torch.sin(phase + rate * torch.arange(f))
+    gain = 1 + 0.10 * torch.sin(phase + rate * frame)
     return _Scenes(of_frame, coarse.view(b, s, 3, 5, 5), grain.view(b, s, 1, *grain.shape[2:]), gain)
 
 
@@ -138,28 +144,87 @@ def _paint(background: torch.Tensor, colour: torch.Tensor, cover: torch.Tensor) 
     return painted.transpose(3, 4).reshape(background.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """All that is needed to draw the M frames of one or more videos, one after the other, on one device."""
+
+    texture: torch.Tensor
+    """float32 [scenes, 3, 112, 112]."""
+    of_frame: torch.Tensor
+    """int64 [M]: index into ``texture``."""
+    gain: torch.Tensor
+    """float32 [M]."""
+    mask: torch.Tensor
+    """int64 [M, 16]: index into :func:`shape_masks`."""
+    colour: torch.Tensor
+    """float32 [M, 16, 3]."""
+    masks: torch.Tensor
+    """float32 [masks, 28, 28]: :func:`shape_masks`."""
+
+    def frames(self, now: slice, noise_rng: torch.Generator) -> torch.Tensor:
+        """Return uint8 [frames, 3, 112, 112]: some of the frames, with fresh noise."""
+        background, gain = self.texture[self.of_frame[now]], self.gain[now, None, None, None]
+        pixels = _paint(background, self.colour[now], self.masks[self.mask[now]]) * gain
+        pixels += NOISE * torch.randn(pixels.shape, generator=noise_rng, device=pixels.device)
+        return pixels.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def _picture(events: Events, scenes: _Scenes, device: torch.device) -> _Picture:
+    b, f = events.occupant.shape[:2]
+    texture = scenes.texture()
+    occupant = events.occupant.flatten(1)  # [B, F * 16]
+    event = occupant.clamp(min=0)
+    kind = events.shape * NUM_VARIANTS + events.variant
+    mask = torch.where(occupant >= 0, kind.gather(1, event), len(SHAPES) * NUM_VARIANTS)
+    palette = _palette(events.colour.device)
+    colour = (palette[events.colour] + events.tint).clamp(0, 1).gather(1, event[..., None].expand(-1, -1, 3))
+    of_frame = scenes.of_frame + torch.arange(b, device=mask.device)[:, None] * texture.shape[1]
+    return _Picture(
+        texture.flatten(0, 1).to(device),
+        of_frame.flatten().to(device),
+        scenes.gain.flatten().to(device),
+        mask.view(b * f, -1).to(device),
+        colour.view(b * f, -1, 3).to(device),
+        _masks_on(device),
+    )
+
+
+@lru_cache(maxsize=8)
+def _palette(device: torch.device) -> torch.Tensor:
+    return torch.tensor(RGB, device=device)
+
+
+@lru_cache(maxsize=8)
+def _masks_on(device: torch.device) -> torch.Tensor:
+    return shape_masks().to(device)
+
+
 def render(events: Events, rng: torch.Generator, noise_rng: torch.Generator) -> list[torch.Tensor]:
     """Draw a batch of videos: one uint8 tensor [F, 3, 112, 112] (RGB) for each, on ``noise_rng``'s device.
 
     ``rng`` draws the scenes on the CPU and ``noise_rng`` the pixel noise on the device the frames are made
     on, so the same seed gives the same objects and scenes on every device.
     """
-    device = noise_rng.device
     b, f = events.occupant.shape[:2]
     scenes = _draw_scenes(b, f, rng)
-    masks, palette = shape_masks().to(device), torch.tensor(RGB)
     videos = []
     for i in range(b):
-        one, texture = events.video(i), scenes.texture(i).to(device)
-        event = one.occupant.clamp(min=0)  # [F, 16]
-        mask = torch.where(one.occupant >= 0, one.shape[event] * NUM_VARIANTS + one.variant[event], -1)
-        mask, colour = mask.to(device), (palette[one.colour] + one.tint).clamp(0, 1)[event].to(device)
-        of_frame, gain = scenes.of_frame[i].to(device), scenes.gain[i].to(device)[:, None, None, None]
-        frames = torch.empty(f, 3, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8, device=device)
+        one = slice(i, i + 1)
+        picture = _picture(events.videos(one), scenes.videos(one), noise_rng.device)
+        frames = torch.empty(f, 3, FRAME_SIZE, FRAME_SIZE, dtype=torch.uint8, device=noise_rng.device)
         for begin in range(0, f, FRAMES_AT_ONCE):
             now = slice(begin, begin + FRAMES_AT_ONCE)
-            pixels = _paint(texture[of_frame[now]], colour[now], masks[mask[now]]) * gain[now]
-            pixels += NOISE * torch.randn(pixels.shape, generator=noise_rng, device=device)
-            frames[now] = pixels.clamp_(0, 1).mul_(255).round_()
+            frames[now] = picture.frames(now, noise_rng)
         videos.append(frames)
     return videos
+
+
+def render_batch(events: Events, rng: torch.Generator) -> torch.Tensor:
+    """Draw a batch of videos at once, uint8 [B, F, 3, 112, 112] (RGB); scenes and noise on the device of ``rng``.
+
+    Like :func:`render`, with other random numbers, in a few large steps and without waiting for the device; float
+    pixels of the whole batch are in memory at a time.
+    """
+    b, f = events.occupant.shape[:2]
+    picture = _picture(events, _draw_scenes(b, f, rng), rng.device)
+    return picture.frames(slice(None), rng).view(b, f, 3, FRAME_SIZE, FRAME_SIZE)

@@ -11,7 +11,7 @@ import torch
 from livevlm.synthetic.events import Events, draw_events
 from livevlm.synthetic.questions import Question, draw_questions
 from livevlm.synthetic.render import render
-from livevlm.synthetic.vocabulary import CELLS, COLOURS, KINDS, SHAPES
+from livevlm.synthetic.vocabulary import ALL_KINDS, CELLS, COLOURS, KINDS, SHAPES
 
 MAX_SEED = 2**63 - 1
 
@@ -55,9 +55,9 @@ class SyntheticVideo:
 
         at: how many frames have been seen when the questions are asked, 1 to F: one number for all of them,
             or one for each.  None asks all of them at the end.
-        kinds: the kinds to draw from (see ``KINDS``), each as likely as the others.  None is all eight.  A
-            kind that cannot be asked yet is replaced by a "now" question if ``kinds`` has one, otherwise by
-            another of ``kinds``.
+        kinds: the kinds to draw from (see ``ALL_KINDS``), each as likely as the others.  None is the eight of
+            ``KINDS``.  A kind that cannot be asked yet is replaced by a "now" question if ``kinds`` has one,
+            otherwise by another of ``kinds``.
 
         Raises ValueError for a bad argument, or if no question of ``kinds`` can be asked at that moment.
         """
@@ -71,20 +71,26 @@ class SyntheticVideo:
                 raise ValueError(f"at has {len(asked)} entries: must have one for each of {count} questions")
         for frames_seen in asked:
             _check_integer("at", frames_seen, 1, len(self))
-        chosen = KINDS if kinds is None else tuple(kinds)
-        if not chosen or isinstance(kinds, str) or not set(chosen) <= set(KINDS):
-            raise ValueError(f"kinds={kinds!r}: must be a sequence of one or more of {', '.join(KINDS)}")
-        return draw_questions(self.events, asked, chosen, torch.Generator().manual_seed(seed))
+        return draw_questions(self.events, asked, _check_kinds(kinds), torch.Generator().manual_seed(seed))
 
 
 def generate(
-    num_frames: int, *, seed: int, num_videos: int = 1, device: str | torch.device = "cpu"
+    num_frames: int,
+    *,
+    seed: int,
+    num_videos: int = 1,
+    device: str | torch.device = "cpu",
+    kinds: Sequence[str] | None = None,
 ) -> list[SyntheticVideo]:
     """Generate videos of ``num_frames`` frames each.
 
     The same arguments always give the same videos.  ``num_videos`` is part of what is drawn: the first of
     four videos is another video than the only one of one.  On another ``device`` the frames are made there
     and only their pixel noise differs: objects, scenes, questions and answers stay the same.
+
+    kinds: kinds the videos are to be asked about, if that is more than the eight of ``KINDS``.  For "count"
+        two pairs of shape and colour come back a few times however long the video is, for "motion" more of the
+        rare objects move.  The same seed gives other videos then.
 
     Raises ValueError for a bad argument.
     """
@@ -94,9 +100,17 @@ def generate(
     target = torch.device(device)
     rng = torch.Generator().manual_seed(seed)
     noise_rng = rng if target.type == "cpu" else torch.Generator(device=target).manual_seed(seed)
-    events = draw_events(num_videos, num_frames, rng)
+    asked = _check_kinds(kinds)
+    events = draw_events(num_videos, num_frames, rng, repeats="count" in asked, walks="motion" in asked)
     frames = render(events, rng, noise_rng)
     return [SyntheticVideo(frames[i], events.video(i)) for i in range(num_videos)]
+
+
+def _check_kinds(kinds: Sequence[str] | None) -> tuple[str, ...]:
+    chosen = KINDS if kinds is None else tuple(kinds)
+    if not chosen or isinstance(kinds, str) or not set(chosen) <= set(ALL_KINDS):
+        raise ValueError(f"kinds={kinds!r}: must be a sequence of one or more of {', '.join(ALL_KINDS)}")
+    return chosen
 
 
 def _check_integer(name: str, value: int, low: int, high: int | None) -> None:

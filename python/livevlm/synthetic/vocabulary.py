@@ -21,7 +21,25 @@ WORDS: tuple[str, ...] = (
     "came", "before", "after", "appear", "shape", "colour", "?", "yes", "no", "nothing",
 )  # fmt: skip
 VOCAB: tuple[str, ...] = SPECIAL + WORDS + SHAPES + COLOURS + CELLS
-"""Every word the checkpoint's tokenizer knows, in the order of the token ids."""
+"""Every word the embedded checkpoint's tokenizer knows, in the order of the token ids."""
+
+COUNTS: tuple[str, ...] = ("zero", "one", "two", "three", "four")
+DIRECTIONS: tuple[str, ...] = ("left", "right", "up", "down", "still")
+NEW_WORDS: tuple[str, ...] = (
+    "how",
+    "many",
+    "times",
+    "which",
+    "way",
+    "move",
+    "zero",
+    "two",
+    "three",
+    "four",
+    *DIRECTIONS,
+)
+FULL_VOCAB: tuple[str, ...] = VOCAB + NEW_WORDS
+"""The words of all kinds of questions: ``VOCAB`` with its ids, and what ``NEW_KINDS`` need beyond it."""
 
 FRAME_SIZE = 112
 """Height and width of a frame in pixels."""
@@ -35,6 +53,10 @@ TOKENS_PER_FRAME = GRID * GRID
 KINDS: tuple[str, ...] = (
     "recall_colour", "recall_shape", "where", "now_shape", "now_colour", "exist", "before", "after",
 )  # fmt: skip
+"""The kinds the embedded checkpoint was trained on, and the default everywhere."""
+NEW_KINDS: tuple[str, ...] = ("count", "motion")
+"""Kinds that must be asked for, of a checkpoint that knows ``FULL_VOCAB``."""
+ALL_KINDS: tuple[str, ...] = KINDS + NEW_KINDS
 
 TEMPLATES: Mapping[str, str] = MappingProxyType(
     {
@@ -46,6 +68,8 @@ TEMPLATES: Mapping[str, str] = MappingProxyType(
         "exist": "did a {colour} {shape} appear ?",
         "before": "what shape came before the {shape} ?",
         "after": "what shape came after the {shape} ?",
+        "count": "how many times did a {colour} {shape} appear ?",
+        "motion": "which way did the {colour} {shape} move ?",
     }
 )
 
@@ -59,9 +83,11 @@ ANSWERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "exist": ("yes", "no"),
         "before": SHAPES,
         "after": SHAPES,
+        "count": COUNTS,
+        "motion": DIRECTIONS,
     }
 )
 """The possible answers of each kind of question."""
 
-CHANCE: Mapping[str, float] = MappingProxyType({kind: 1 / len(ANSWERS[kind]) for kind in KINDS})
+CHANCE: Mapping[str, float] = MappingProxyType({kind: 1 / len(ANSWERS[kind]) for kind in ALL_KINDS})
 """Accuracy of a uniform guess among the possible answers of each kind."""

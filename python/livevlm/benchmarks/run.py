@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A benchmark from its files to its answers: this process's share of the videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+import livevlm
+from livevlm.benchmarks.asking import Asker
+from livevlm.benchmarks.frames import opened
+from livevlm.benchmarks.identity import SEED, claim, config_hash, git_hash
+from livevlm.benchmarks.judge import Judge
+from livevlm.benchmarks.locate import Work
+from livevlm.benchmarks.plan import Plan
+from livevlm.benchmarks.results import AnswerFile
+from livevlm.benchmarks.schema import Problem, Query
+from livevlm.benchmarks.shards import Shard
+from livevlm.benchmarks.viewer import CONTROL, METHOD, NewStream, Viewer, control_config, free_streams
+from livevlm.benchmarks.watch import Pass
+from livevlm.checkpoint import Checkpoint
+from livevlm.config import Config
+from livevlm.errors import FrameError, VideoError
+from livevlm.models import adapter_for
+from livevlm.staging import Staging
+from livevlm.stream import Stream
+
+
+class Progress(Protocol):
+    """Told how far the run is; see `livevlm.cli.eval`."""
+
+    def video(self, name: str, num_frames: int | None) -> None: ...
+    def frames(self, count: int) -> None: ...
+    def problem(self, problem: Problem) -> None: ...
+    def watched(self) -> None: ...
+
+
+def run(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    judge: Judge | None,
+    shard: Shard,
+    progress: Progress,
+    *,
+    new_stream: NewStream | None = None,
+) -> bool:
+    """Answers what has not been answered yet; True if all processes are through.
+
+    Args:
+        new_stream: makes a stream of some configuration; of `checkpoint` if None.
+
+    Raises:
+        ConfigError: the folder holds answers of another run, or nothing can be asked.
+        JudgeError: the judge cannot be reached; answers so far are kept.
+    """
+    works, problems, num_queries = plan.works()
+    problems = problems if shard.rank == 0 else []  # all processes read all annotations
+    for problem in problems:
+        progress.problem(problem)
+    judge_name = "none" if judge is None else judge.name
+    identity = plan.identity(judge_name)
+    claim(plan.out, identity)
+    torch.manual_seed(SEED)
+    make = new_stream or (lambda config: Stream(checkpoint.model, checkpoint.processor, config))
+    shard.begin(plan.out)
+    with AnswerFile(plan.out, shard.rank, shard.world, config_hash(identity)) as answers:
+        done = answers.done()
+        common = {
+            "model": plan.model,
+            "config_hash": config_hash(identity),
+            "judge": judge_name,
+            "livevlm": livevlm.__version__,
+            "git": git_hash(),
+            "seed": SEED,
+            **_device(checkpoint),
+        }
+        runner = _Runner(plan, checkpoint, judge, answers, make, common, progress, problems)
+        for work in works[shard.rank :: shard.world]:
+            runner.watch(work, done)
+            progress.watched()
+        return shard.end(plan.out, {"num_queries": num_queries}, problems)
+
+
+@dataclass
+class _Runner:
+    plan: Plan
+    checkpoint: Checkpoint
+    judge: Judge | None
+    answers: AnswerFile
+    make: NewStream
+    common: dict[str, Any]
+    progress: Progress
+    problems: list[Problem]
+
+    def watch(self, work: Work, done: set[tuple[str, str]]) -> None:
+        """One video; whatever is wrong with it is noted, and the run goes on."""
+        plan = self.plan
+        try:
+            with opened(work.path, work.video, fps=plan.fps, stored_fps=plan.stored_fps) as source:
+                config = plan.config_for(source.num_frames)
+                configs = {METHOD: config}
+                if plan.control and config.policy != "recent":
+                    configs[CONTROL] = control_config(config)
+                asked = [key for key, query in work.queries.items() if plan.asks(query)]
+                wanted = {(role, key) for role in configs for key in asked} - done
+                if not wanted:
+                    return
+                self.progress.video(work.id, source.num_frames)
+                asker = Asker(plan.prompt, plan.max_new_tokens, plan.form.choice)
+                one = Pass(
+                    [Viewer(role, configs[role], self.make, plan.context) for role in _roles(wanted, configs)],
+                    work.queries,
+                    wanted,
+                    asker,
+                    plan.fps,
+                    config.clip_frames,
+                    tell=lambda role, key, facts: self._keep(work, role, configs[role], key, facts),
+                    refuse=lambda key, why: self._skip(work.queries[key].where, why),
+                    progress=self.progress.frames,
+                )
+                adapter = adapter_for(self.checkpoint.model)
+                one.run(source, Staging(self.checkpoint.processor, adapter.image_size, adapter.device))
+        except (VideoError, FrameError) as error:
+            self._skip(work.video.where, f"video {work.id}: {error}")
+        finally:
+            free_streams()
+
+    def _skip(self, where: str, why: str) -> None:
+        problem = Problem(where, why)
+        self.problems.append(problem)
+        self.progress.problem(problem)
+
+    def _keep(self, work: Work, role: str, config: Config, key: str, facts: dict[str, Any]) -> None:
+        query = work.queries[key]
+        line: dict[str, Any] = {
+            "benchmark": self.plan.form.name,
+            "role": role,
+            "policy": config.policy,
+            "budget": None if config.policy == "full" else config.max_memory or config.budget,
+            "video": work.id,
+            "query": key,
+            **_facts(query),
+            **facts,
+            "judged": None,
+            "judge_score": None,
+            **self.common,
+        }
+        if self.judge is not None and query.kind == "open" and query.answer:
+            verdict = self.judge(query.text, query.answer, facts["reply"])
+            line |= {"judged": verdict.right, "judge_score": verdict.score, "judge_reply": verdict.reply}
+        self.answers.append(line)
+
+
+def _roles(wanted: set[tuple[str, str]], configs: dict[str, Config]) -> list[str]:
+    """Only who has something to answer watches."""
+    return [role for role in configs if any(role == one for one, _ in wanted)]
+
+
+def _facts(query: Query) -> dict[str, Any]:
+    return {
+        "name": query.name,
+        "kind": query.kind,
+        "task": query.task,
+        "group": query.group,
+        "question": query.text,
+        "options": list(query.options),
+        "expected": query.answer,
+        "windows": [list(window) for window in query.windows],
+        "truth_time": query.truth_time,
+    }
+
+
+def _device(checkpoint: Checkpoint) -> dict[str, str]:
+    weight = next(checkpoint.model.parameters())
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
+    return {"device": name, "dtype": str(weight.dtype).removeprefix("torch."), "torch": torch.__version__}

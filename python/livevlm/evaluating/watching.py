@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stream, watched as it comes: clips, and questions at their moments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from livevlm.checkpoint import Checkpoint
+from livevlm.config import Config
+from livevlm.errors import StateError
+from livevlm.stream import Stream
+from livevlm.synthetic import Question
+
+
+def watch(checkpoint: Checkpoint, config: Config, frames: Tensor, questions: Sequence[Question]) -> dict[str, Any]:
+    """Reads all frames, asks each question when so many frames have been seen as it says.
+
+    Returns:
+        answers: kind, frames seen, frame of the evidence or None, and whether right (1 or 0), for each question.
+        tokens, most_tokens: of video in a layer, at the end and at most.
+        seen: tokens of the stream.
+        bytes: of keys and values at the end.
+        read_seconds, answer_seconds: all together.
+
+    Raises:
+        StateError: the memory exceeded its budget after a clip.
+    """
+    stream, waiting = Stream(checkpoint.model, checkpoint.processor, config), list(questions)
+    bounded, answers, most = not stream.cache.policy.unbounded, [], 0
+    read_seconds = answer_seconds = 0.0
+    moments = sorted({question.frame for question in questions} | {len(frames)})
+    start = 0
+    while start < len(frames):
+        stop = min(start + config.clip_frames, next(moment for moment in moments if moment > start))
+        began = _now(frames)
+        stream.push(frames[start:stop])
+        read_seconds += _now(frames) - began
+        held, start = stream.cache.memory.num_video_tokens, stop
+        most = max(most, held)
+        if bounded and held > stream.cache.budget:
+            raise StateError(f"{held} tokens after {stop} frames exceed the budget of {stream.cache.budget}")
+        while waiting and waiting[0].frame == stop:
+            question = waiting.pop(0)
+            answer = stream.ask(question.text, num_evidence=0, max_new_tokens=2)
+            answer_seconds += answer.seconds
+            right = int(answer == question.answer)
+            answers.append([question.kind, question.frame, question.evidence_frame, right])
+    stats = stream.stats()
+    return {
+        "tokens": stats.num_video_tokens,
+        "most_tokens": most,
+        "seen": stats.num_seen_tokens,
+        "bytes": stats.kv_bytes,
+        "read_seconds": round(read_seconds, 5),
+        "answer_seconds": round(answer_seconds, 5),
+        "answers": answers,
+    }
+
+
+def _now(frames: Tensor) -> float:
+    if frames.is_cuda:
+        torch.cuda.synchronize(frames.device)
+    return time.perf_counter()
