@@ -9,6 +9,7 @@ import click
 
 from livevlm.cli.ask import ask
 from livevlm.cli.bench import bench
+from livevlm.cli.eval import evaluate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -34,5 +35,6 @@ def env(as_json: bool) -> None:
 
 main.add_command(ask)
 main.add_command(bench)
+main.add_command(evaluate)
 
 __all__ = ["main"]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields of an entry, checked: what is missing or of another type is said by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from livevlm.benchmarks.schema import LETTERS, Malformed
+
+MISSING: Any = object()
+
+
+def as_object(value: Any, what: str = "the entry") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Malformed(f"{what} is {_kind(value)}, not an object")
+    return value
+
+
+def get(entry: dict[str, Any], *names: str, default: Any = MISSING) -> Any:
+    """The first of these fields that is there and not null."""
+    for name in names:
+        if entry.get(name) is not None:
+            return entry[name]
+    if default is MISSING:
+        raise Malformed(f"{' or '.join(map(repr, names))} is missing")
+    return default
+
+
+def text(entry: dict[str, Any], *names: str, default: Any = MISSING) -> str:
+    """A text that is not empty, or a number as text."""
+    value = get(entry, *names, default=default)
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or (not str(value).strip() and value != ""):
+        raise Malformed(f"{names[0]!r} is {_kind(value)}, not a text")
+    if value == "" and default is MISSING:
+        raise Malformed(f"{names[0]!r} is empty")
+    return str(value).strip()
+
+
+def number(entry: dict[str, Any], *names: str, default: Any = MISSING) -> Any:
+    """A finite number that is not negative."""
+    value = get(entry, *names, default=default)
+    if value is default:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise Malformed(f"{names[0]!r} is {value!r}, not a number of at least 0")
+    return value
+
+
+def items(entry: dict[str, Any], *names: str) -> list[Any]:
+    value = get(entry, *names)
+    if not isinstance(value, list) or not value:
+        raise Malformed(f"{names[0]!r} is {_kind(value)}, not a list of at least one item")
+    return value
+
+
+def clock(entry: dict[str, Any], name: str) -> float:
+    """Seconds of "HH:MM:SS" or "MM:SS"."""
+    value = text(entry, name)
+    if re.fullmatch(r"(\d+:){1,2}\d+(\.\d+)?", value) is None:
+        raise Malformed(f"{name!r} is {value!r}, not a time as HH:MM:SS")
+    seconds = 0.0
+    for part in value.split(":"):
+        seconds = 60 * seconds + float(part)
+    return seconds
+
+
+def options(entry: dict[str, Any], *names: str) -> tuple[str, ...]:
+    """Options without the "A. " that some files put before each."""
+    found = [str(option).strip() for option in items(entry, *names)]
+    if not 2 <= len(found) <= len(LETTERS):
+        raise Malformed(f"{names[0]!r} has {len(found)} options; allowed: 2 to {len(LETTERS)}")
+    prefixes = [re.match(rf"\(?{letter}[.):]\s*", option) for letter, option in zip(LETTERS, found, strict=False)]
+    if all(prefixes):
+        found = [option[match.end() :] for option, match in zip(found, prefixes, strict=True) if match]
+    return tuple(found)
+
+
+def letter_of(answer: Any, choices: Sequence[str]) -> str:
+    """The letter of an answer given as a letter, as "B. text", as the option's text, or as a number from 0."""
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer < len(choices):
+            raise Malformed(f"the answer is option {answer} of {len(choices)}, counted from 0")
+        return LETTERS[answer]
+    said = str(answer).strip()
+    if said in choices:
+        return LETTERS[list(choices).index(said)]  # of equal options the first, as ReKV does
+    match = re.fullmatch(r"\(?([A-N])\)?[.:]?(\s+.*)?", said, re.DOTALL)
+    if match is None or LETTERS.index(match[1]) >= len(choices):
+        raise Malformed(f"the answer {said!r} is none of the {len(choices)} options")
+    return match[1]
+
+
+def windows(entry: dict[str, Any], *names: str) -> tuple[tuple[float, float], ...]:
+    """Pairs of seconds; none if the field is not there."""
+    found = get(entry, *names, default=[])
+    try:
+        return tuple((float(start), float(end)) for start, end in found)
+    except (TypeError, ValueError):
+        raise Malformed(f"{names[0]!r} is not a list of pairs of seconds") from None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), repr(value))

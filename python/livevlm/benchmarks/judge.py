@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who decides whether an open answer is right: a model behind an OpenAI-compatible address, a local one, or nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from livevlm.errors import ConfigError, LiveVLMError
+
+WORDING = "livevlm-1"  # part of a judge's name: other instructions are another judge
+INSTRUCTIONS = (
+    "You compare an answer to a question about a video with the true answer. Meaning counts, not wording: synonyms and "
+    'paraphrases are right. Reply with one JSON object and nothing else, such as {"pred": "yes", "score": 4}: '
+    '"pred" is "yes" if the answer is right, else "no"; "score" is a whole number from 0 (wrong) to 5 (the same).'
+)
+TRIES, PATIENCE, TIMEOUT = 5, 2.0, 120.0
+MAX_TOKENS = 300
+
+
+class JudgeError(LiveVLMError):
+    """The judge cannot be reached, or refuses."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`right` and `score` are None if the judge's reply could not be understood."""
+
+    right: bool | None
+    score: int | None
+    reply: str
+
+
+class Judge(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, question: str, answer: str, reply: str) -> Verdict: ...
+
+
+def messages(question: str, answer: str, reply: str) -> list[dict[str, str]]:
+    facts = f"Question: {question}\nTrue answer: {answer}\nAnswer to judge: {reply}"
+    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": facts}]
+
+
+def verdict(said: str) -> Verdict:
+    """Finds `pred` and `score` in JSON or in a Python dictionary."""
+    right = re.search(r"pred['\"]?\s*[:=]\s*['\"]?(yes|no)\b", said, re.IGNORECASE)
+    score = re.search(r"score['\"]?\s*[:=]\s*['\"]?([0-5])(?:\.\d+)?\b", said, re.IGNORECASE)
+    if right is None or score is None:
+        return Verdict(None, None, said)
+    return Verdict(right[1].lower() == "yes", int(score[1]), said)
+
+
+@dataclass(frozen=True)
+class RemoteJudge:
+    """A chat model at `url`, such as https://api.openai.com/v1 or http://localhost:8000/v1."""
+
+    url: str
+    model: str
+    key: str | None = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}@{WORDING}"
+
+    def __call__(self, question: str, answer: str, reply: str) -> Verdict:
+        body = {
+            "model": self.model,
+            "messages": messages(question, answer, reply),
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS,
+        }
+        said = self._post(json.dumps(body).encode())
+        try:
+            return verdict(str(json.loads(said)["choices"][0]["message"]["content"]))
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise JudgeError(f"{self.url}: the reply is not that of a chat model: {said[:200]!r}") from None
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
+        for attempt in range(TRIES):
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    return bytes(response.read())
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
+                if error.code != 429 and error.code < 500:
+                    break
+            except OSError as error:
+                problem = str(error)
+            if attempt + 1 < TRIES:
+                time.sleep(PATIENCE * 2**attempt)
+        raise JudgeError(f"judge {self.model!r} at {self.url}: {problem}; start again to go on from here")
+
+
+class LocalJudge:
+    """A transformers chat model, on the device of the model that is judged; greedy."""
+
+    def __init__(self, path: str, device: Any) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"no judge could be loaded from {path!r}: {str(error).splitlines()[0]}") from None
+        self.name = f"local:{path}@{WORDING}"
+
+    def __call__(self, question: str, answer: str, reply: str) -> Verdict:
+        asked = self.tokenizer.apply_chat_template(
+            messages(question, answer, reply), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        out = self.model.generate(**asked, max_new_tokens=MAX_TOKENS, do_sample=False)
+        return verdict(self.tokenizer.decode(out[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+@dataclass(frozen=True)
+class JudgeChoice:
+    """A judge that was asked for, by its name, before anything is loaded."""
+
+    url: str | None = None
+    model: str | None = None
+    key_variable: str = "OPENAI_API_KEY"
+
+    @property
+    def name(self) -> str:
+        if self.model is None:
+            return "none"
+        return f"{self.model}@{WORDING}" if self.url else f"local:{self.model}@{WORDING}"
+
+    def checked(self) -> JudgeChoice:
+        if self.url is not None and self.model is None:
+            raise ConfigError("--judge-url needs --judge-model, the name of a model there")
+        return self
+
+    def load(self, device: Any) -> Judge | None:
+        if self.model is None:
+            return None
+        if self.url is None:
+            return LocalJudge(self.model, device)
+        return RemoteJudge(self.url, self.model, os.environ.get(self.key_variable))

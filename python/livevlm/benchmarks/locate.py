@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a video of an annotation file lies on this machine, and which questions are about the same one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from livevlm.benchmarks.schema import Problem, Query, Video
+
+SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".npy")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A video that was found, with all questions about it in the order they are asked.
+
+    Attributes:
+        queries: by key; unique over all works of a run.
+    """
+
+    id: str
+    path: Path
+    queries: dict[str, Query]
+    video: Video
+
+
+def find(video: Video, roots: Sequence[Path], folders: Sequence[str]) -> Path | None:
+    """The video's file or folder of frames, below one of the roots.
+
+    The path that the annotation file names is shortened from the left until something is there: the folders it begins
+    with are mostly those of the machine where the file was written.
+    """
+    for name in video.files:
+        parts = [part for part in PurePosixPath(name).parts if part not in ("/", ".", "..")]
+        tails = [PurePosixPath(*parts[start:]) for start in range(len(parts))]
+        for tail in tails:
+            for root in roots:
+                for folder in folders:
+                    for suffix in SUFFIXES:
+                        path = root / folder / f"{tail}{suffix}"
+                        if path.is_file() or (path.is_dir() and path != root):
+                            return path
+    return None
+
+
+def gather(
+    videos: Sequence[Video], roots: Sequence[Path], folders: Sequence[str]
+) -> tuple[list[Work], list[Problem], int]:
+    """Videos with their questions, each video once; those that are missing; and how many questions these had."""
+    works: dict[Path, Work] = {}
+    missing: list[Problem] = []
+    lost, seen = 0, set()
+    for video in videos:
+        if not video.queries:
+            continue
+        path = find(video, roots, folders)
+        if path is None:
+            looked = ", ".join(map(str, roots))
+            missing.append(Problem(video.where, f"video {video.files[0]} was not found below {looked}"))
+            lost += len(video.queries)
+            continue
+        work = works.setdefault(path, Work(video.id, path, {}, video))
+        for query in video.queries:
+            for key in _keys(f"{video.id}/{query.key}"):
+                if key not in seen:  # a benchmark may ask the same twice
+                    seen.add(key)
+                    work.queries[key] = query
+                    break
+    return list(works.values()), missing, lost
+
+
+def _keys(first: str) -> Iterator[str]:
+    yield first
+    number = 2
+    while True:
+        yield f"{first}#{number}"
+        number += 1

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VideoMME, EgoSchema, LongVideoBench and CG-Bench: one question an entry, asked at the video's end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from livevlm.benchmarks import conversations, fields
+from livevlm.benchmarks.format import Average, Format, ParseEntry, one_query
+from livevlm.benchmarks.schema import Malformed, Problem, Query, Video
+from livevlm.benchmarks.scoring import first_letter
+
+PER_QUESTION = (Average("per question", "questions"),)
+
+
+def _either(parse: Callable[[dict[str, Any], str], Sequence[Video]]) -> ParseEntry:
+    """Entries of the benchmark's own form, or of the conversations form."""
+
+    def either(value: Any, where: str, path: Path, problems: list[Problem]) -> Sequence[Video]:
+        if conversations.is_conversations(value):
+            return [conversations.parse(value, where, problems)]
+        return parse(fields.as_object(value), where)
+
+    return either
+
+
+def _videomme(entry: dict[str, Any], where: str) -> Sequence[Video]:
+    video = fields.text(entry, "videoID")
+    options = fields.options(entry, "options")
+    query = Query(
+        "choice",
+        fields.text(entry, "question"),
+        fields.letter_of(fields.get(entry, "answer"), options),
+        options,
+        task=fields.text(entry, "task_type", default=""),
+        group=fields.text(entry, "duration", default=""),
+        name=fields.text(entry, "question_id", default=""),
+        where=where,
+    )
+    return one_query(video, (video,), query)
+
+
+def _egoschema(entry: dict[str, Any], where: str) -> Sequence[Video]:
+    video = fields.text(entry, "video_idx", "q_uid")
+    options = fields.options(entry, "option")
+    answer: Any = fields.get(entry, "answer", default="")
+    if isinstance(answer, str) and answer.isdigit():
+        answer = int(answer)
+    gold = "" if answer == "" else fields.letter_of(answer, options)  # the full set's answers are not public
+    query = Query("choice", fields.text(entry, "question"), gold, options, name=video, where=where)
+    return one_query(video, (video,), query)
+
+
+def _longvideobench(entry: dict[str, Any], where: str) -> Sequence[Video]:
+    file = fields.text(entry, "video_path", "video_id")
+    if entry.get("candidates") is not None:
+        options = fields.options(entry, "candidates")
+    else:
+        numbered = [entry.get(f"option{i}") for i in range(5)]
+        options = fields.options({"option0..4": [text for text in numbered if text not in (None, "N/A")]}, "option0..4")
+    gold = fields.get(entry, "correct_choice")
+    if isinstance(gold, bool) or not isinstance(gold, int):
+        raise Malformed(f"'correct_choice' is {gold!r}, not the index of an option")
+    query = Query(
+        "choice",
+        fields.text(entry, "question"),
+        fields.letter_of(gold, options),
+        options,
+        task=fields.text(entry, "question_category", default=""),
+        group=fields.text(entry, "duration_group", default=""),
+        name=fields.text(entry, "id", default=""),
+        where=where,
+    )
+    files = (file, fields.text(entry, "video_id", default=file))
+    return one_query(PurePosixPath(file).stem, files, query, fields.number(entry, "duration", default=None))
+
+
+def _cgbench(entry: dict[str, Any], where: str) -> Sequence[Video]:
+    video = fields.text(entry, "video_uid")
+    options = fields.options(entry, "choices")
+    query = Query(
+        "choice",
+        fields.text(entry, "question"),
+        fields.letter_of(fields.get(entry, "right_answer", "answer"), options),
+        options,
+        task=fields.text(entry, "sub_category", default=""),
+        group=fields.text(entry, "domain", default=""),
+        name=fields.text(entry, "qid", default=""),
+        windows=fields.windows(entry, "clue_intervals"),
+        where=where,
+    )
+    return one_query(video, (video,), query, fields.number(entry, "duration", default=None))
+
+
+VIDEOMME = Format(
+    "videomme",
+    "VideoMME (without subtitles)",
+    _either(_videomme),
+    files=("videomme*.json*", "*/videomme*.json*", "test*.jsonl", "*/test*.jsonl"),
+    averages=PER_QUESTION,
+    choice=first_letter,
+)
+EGOSCHEMA = Format(
+    "egoschema",
+    "EgoSchema",
+    _either(_egoschema),
+    files=("egoschema*.json*", "*/egoschema*.json*", "test*.jsonl", "*/test*.jsonl", "questions.json"),
+    averages=PER_QUESTION,
+    folders=("", "videos", "good_clips_git", "data/videos"),
+    choice=first_letter,
+)
+LONGVIDEOBENCH = Format(
+    "longvideobench",
+    "LongVideoBench (validation, without subtitles)",
+    _either(_longvideobench),
+    files=("lvb_val.json", "*/lvb_val.json", "validation*.jsonl", "*/validation*.jsonl"),
+    averages=PER_QUESTION,
+    choice=first_letter,
+)
+CGBENCH = Format(
+    "cgbench",
+    "CG-Bench",
+    _either(_cgbench),
+    files=("cgbench_mini.json", "cgbench.json", "cgbench*.json*", "*/cgbench*.json*", "test*.jsonl"),
+    averages=PER_QUESTION,
+    folders=("", "cg_videos_720p", "videos", "video"),
+    choice=first_letter,
+)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the model is asked. The wording is ours; its form is each benchmark's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from livevlm.benchmarks.schema import LETTERS, Query
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a multiple-choice question is put.
+
+    Attributes:
+        template: text with `{question}` and `{options}`.
+        option: how one option is written, with `{letter}` and `{text}`.
+        between: what stands between two options.
+        prefix: how the answer begins; the model goes on behind it. Not part of the reply.
+    """
+
+    template: str
+    option: str = "{letter}. {text}"
+    between: str = "\n"
+    prefix: str = ""
+
+
+# The form that ReKV brought in and that those after it use: the answer begins with an open bracket.
+BEST_OPTION = Prompt(
+    "Question: {question}\nOptions:\n{options}\nGive only the best option.",
+    "({letter}) {text}",
+    prefix="Best option: (",
+)
+LETTER_ONLY = Prompt(
+    "Look at the video and answer the question. Reply with the letter of the right option and nothing else.\n\n"
+    "Question: {question}\n\nOptions:\n{options}\n\nThe best option is:"
+)
+LETTER_ONLY_ONE_LINE = Prompt(
+    "Question: {question}\nOptions: {options};\nReply with the letter of your option (such as A, B, C) and nothing else.",
+    between="; ",
+)
+POLL = "{question}\nIs it the right time now to answer? Reply only with yes or no."
+OUTPUT = "{question}\nIt is the right time now. Reply with the required output and nothing else."
+
+
+def written(query: Query, prompt: Prompt) -> str:
+    """The question as the model gets it. By `replace`: a question may hold braces."""
+    question = query.text
+    if query.kind == "choice":
+        options = prompt.between.join(
+            prompt.option.replace("{letter}", letter).replace("{text}", text)
+            for letter, text in zip(LETTERS, query.options, strict=False)
+        )
+        parts = prompt.template.split("{options}")
+        question = options.join(part.replace("{question}", query.text) for part in parts)
+    return history(query) + question
+
+
+def history(query: Query) -> str:
+    """Earlier questions about the video with their true answers."""
+    if not query.history:
+        return ""
+    turns = "\n".join(f"Q: {question}\nA: {answer}" for question, answer in query.history)
+    return f"These questions about the video were asked and answered before:\n{turns}\n\n"

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is a reply right? Strictly, by a parser that finds one answer or none; and as a benchmark's own script decides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from livevlm.benchmarks.schema import LETTERS, Query
+
+Official = Callable[[str, Query], bool]
+TIME_SLACK = 2.0  # seconds by which StreamingBench lets a proactive answer be early or late
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+# ---------------------------------------------------------------- strict
+def is_right(reply: str, query: Query) -> bool | None:
+    """None: the benchmark's file has no answer."""
+    if not query.answer:
+        return None
+    if query.kind == "choice":
+        return find_letter(reply, query.options) == query.answer
+    if query.kind == "count":
+        return find_number(reply) == int(query.answer)
+    if query.kind == "yesno":
+        return find_yes_no(reply) == query.answer
+    return plain(reply) == plain(query.answer)
+
+
+def find_letter(reply: str, options: Sequence[str]) -> str | None:
+    """The letter of the one option that a reply names, by its letter or its whole text; None if it isn't clear."""
+    letters = LETTERS[: len(options)]
+    said = reply.strip()
+    alone = re.fullmatch(rf"\W*([{letters}])\W*", said)
+    if alone:
+        return alone[1]
+    texts = [letter for letter, option in zip(letters, options, strict=True) if plain(option) == plain(said)]
+    if len(texts) == 1:
+        return texts[0]
+    found = set(re.findall(rf"(?i:\b(?:answer|option|choice)(?: is)?)\s*:?\s*\(?([{letters}])\b(?!['’])", said))
+    found |= set(re.findall(rf"\(([{letters}])\)", said))
+    first = re.match(rf"\(?([{letters}])[.):,\n]", said)
+    if first:
+        found.add(first[1])
+    return found.pop() if len(found) == 1 else None
+
+
+def find_number(reply: str) -> int | None:
+    """The one whole number of a reply, in digits or as a word up to twelve."""
+    words = re.findall(r"\d+(?:[.,]\d+)?|[a-z]+", reply.lower())
+    found = {NUMBERS.index(word) if word in NUMBERS else int(word) for word in words if word in NUMBERS or _whole(word)}
+    has_fraction = any(word[0].isdigit() and not _whole(word) for word in words)
+    return found.pop() if len(found) == 1 and not has_fraction else None
+
+
+def _whole(word: str) -> bool:
+    return re.fullmatch(r"\d+", word) is not None
+
+
+def find_yes_no(reply: str) -> str | None:
+    words = set(re.findall(r"[a-z]+", reply.lower()))
+    if plain(reply) in ("y", "n"):
+        return {"y": "yes", "n": "no"}[plain(reply)]
+    return next(iter(words & {"yes", "no"})) if len(words & {"yes", "no"}) == 1 else None
+
+
+def plain(text: str) -> str:
+    """Lower case, without punctuation at the ends and with single spaces."""
+    return " ".join(text.lower().split()).strip(" .,;:!?\"'()")
+
+
+# ---------------------------------------------------------------- as the benchmarks' scripts decide
+def first_character(reply: str, query: Query) -> bool:
+    """The reply begins with the letter (after an opening bracket)."""
+    return reply.strip().lstrip("(").startswith(query.answer)
+
+
+def letter_inside(reply: str, query: Query) -> bool:
+    """The letter is anywhere in the reply: "A" is right for every reply with a capital A in it."""
+    return query.answer in reply
+
+
+def first_letter(reply: str, query: Query) -> bool:
+    """The first capital that is an option's letter, inside of words too."""
+    match = re.search(rf"[{LETTERS[: len(query.options)]}]", reply)
+    return match is not None and match[0] == query.answer
+
+
+def joined_digits(reply: str, query: Query) -> bool:
+    """All digits of the reply, put together, are the number."""
+    return "".join(re.findall(r"\d+", reply)) == query.answer
+
+
+def yes_no_inside(reply: str, query: Query) -> bool:
+    """ "Yes" or "No" is anywhere in the reply, or the reply is Y or N."""
+    return query.answer.capitalize() in reply or reply == query.answer[0].upper()
+
+
+def official(reply: str, query: Query, choice: Official) -> bool | None:
+    """None: there is no official rule without a judge, or no answer in the file."""
+    if not query.answer or query.kind in ("open", "proactive"):
+        return None
+    rule = {"choice": choice, "count": joined_digits, "yesno": yes_no_inside}[query.kind]
+    return rule(reply, query)
+
+
+def proactive(reply: str, said_at: float | None, query: Query) -> tuple[bool, bool]:
+    """Strict and official: in time, and the output equal to, or inside of, the reply."""
+    if said_at is None or query.truth_time is None:
+        return False, False
+    in_time = abs(said_at - query.truth_time) <= TIME_SLACK
+    return in_time and plain(query.answer) == plain(reply), in_time and query.answer in reply
