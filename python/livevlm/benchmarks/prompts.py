@@ -36,7 +36,7 @@ LETTER_ONLY = Prompt(
     "Question: {question}\n\nOptions:\n{options}\n\nThe best option is:"
 )
 LETTER_ONLY_ONE_LINE = Prompt(
-    "Question: {question}\nOptions: {options};\nReply with the letter of your option (such as A, B, C) and nothing else.",
+    "Question: {question}\nOptions: {options};\nReply with your option's letter (such as A, B, C) and nothing else.",
     between="; ",
 )
 POLL = "{question}\nIs it the right time now to answer? Reply only with yes or no."

@@ -37,9 +37,10 @@ def find_letter(reply: str, options: Sequence[str]) -> str | None:
     texts = [letter for letter, option in zip(letters, options, strict=True) if plain(option) == plain(said)]
     if len(texts) == 1:
         return texts[0]
-    found = set(re.findall(rf"(?i:\b(?:answer|option|choice)(?: is)?)\s*:?\s*\(?([{letters}])\b(?!['’])", said))
+    named = rf"(?i:\b(?:answer|option|choice)(?: is)?)\s*:?\s*\(?([{letters}])(?=\W*$|[).:,\n])"
+    found = set(re.findall(named, said))
     found |= set(re.findall(rf"\(([{letters}])\)", said))
-    first = re.match(rf"\(?([{letters}])[.):,\n]", said)
+    first = re.match(rf"\(?([{letters}])[.):\n]", said)
     if first:
         found.add(first[1])
     return found.pop() if len(found) == 1 else None

@@ -70,9 +70,10 @@ class Pass:
                     viewer.read(frames, clip.frames, clip.times)
                 newest = clip.times[-1]
                 self.progress(len(clip.times))
-        for moment in moments if newest is not None else ():
-            if broken is None or moment <= newest:
-                self._ask(moment, newest, moment > newest + 1 / self.fps + LATE, polled)
+        if newest is not None:
+            for moment in moments:
+                if broken is None or moment <= newest:
+                    self._ask(moment, newest, moment > newest + 1 / self.fps + LATE, polled)
         if broken is not None and self.wanted:
             raise broken
 
