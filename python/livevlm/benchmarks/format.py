@@ -37,7 +37,8 @@ class Format:
 
     Attributes:
         parse: entry, where it is, its file, list of problems to add to -> videos with questions.
-        files: patterns of annotation files below the data folder; the first one that finds any is taken.
+        files: patterns of annotation files below the data folder; the first one that finds any is taken. "|" divides
+            patterns that belong together.
         folders: where below the data folder videos may lie.
         fps: frames a second that the field looks at.
         choice: the benchmark's own rule for multiple choice.
@@ -61,10 +62,11 @@ class Format:
     def annotation_files(self, data: Path) -> list[Path]:
         """Raises ConfigError if there are none."""
         for pattern in self.files:
-            found = sorted(path for path in data.glob(pattern) if path.is_file())
+            found = sorted(path for part in pattern.split("|") for path in data.glob(part) if path.is_file())
             if found:
                 return found
-        raise ConfigError(f"{data}: no annotation file of {self.title} is there ({', '.join(self.files)}); name it")
+        names = ", ".join(self.files).replace("|", ", ")
+        raise ConfigError(f"{data}: no annotation file of {self.title} is there ({names}); name it")
 
     def read(self, files: Sequence[Path]) -> tuple[list[Video], list[Problem]]:
         """All videos that could be understood, and what could not."""

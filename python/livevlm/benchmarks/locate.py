@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from livevlm.benchmarks.schema import Problem, Query, Video
 
+GENERIC = ("video",)  # names that every folder has one of: never looked for alone
 SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".npy")
 
 
@@ -34,7 +35,8 @@ def find(video: Video, roots: Sequence[Path], folders: Sequence[str]) -> Path | 
     """
     for name in video.files:
         parts = [part for part in PurePosixPath(name).parts if part not in ("/", ".", "..")]
-        tails = [PurePosixPath(*parts[start:]) for start in range(len(parts))]
+        least = 2 if PurePosixPath(name).stem in GENERIC and len(parts) > 1 else 1
+        tails = [PurePosixPath(*parts[start:]) for start in range(len(parts) - least + 1)]
         for tail in tails:
             for root in roots:
                 for folder in folders:
@@ -45,13 +47,11 @@ def find(video: Video, roots: Sequence[Path], folders: Sequence[str]) -> Path | 
     return None
 
 
-def gather(
-    videos: Sequence[Video], roots: Sequence[Path], folders: Sequence[str]
-) -> tuple[list[Work], list[Problem], int]:
-    """Videos with their questions, each video once; those that are missing; and how many questions these had."""
+def gather(videos: Sequence[Video], roots: Sequence[Path], folders: Sequence[str]) -> tuple[list[Work], list[Problem]]:
+    """Videos with their questions, each video once; and those that are missing."""
     works: dict[Path, Work] = {}
     missing: list[Problem] = []
-    lost, seen = 0, set()
+    seen: set[str] = set()
     for video in videos:
         if not video.queries:
             continue
@@ -59,7 +59,6 @@ def gather(
         if path is None:
             looked = ", ".join(map(str, roots))
             missing.append(Problem(video.where, f"video {video.files[0]} was not found below {looked}"))
-            lost += len(video.queries)
             continue
         work = works.setdefault(path, Work(video.id, path, {}, video))
         for query in video.queries:
@@ -68,7 +67,7 @@ def gather(
                     seen.add(key)
                     work.queries[key] = query
                     break
-    return list(works.values()), missing, lost
+    return list(works.values()), missing
 
 
 def _keys(first: str) -> Iterator[str]:

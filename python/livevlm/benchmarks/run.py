@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,19 +92,19 @@ class Plan:
             ConfigError: no annotation can be used, or no video was found.
         """
         found, problems = self.form.read(self.files)
-        if self.tasks:
-            found = [
-                dataclasses.replace(video, queries=tuple(q for q in video.queries if q.task in self.tasks))
-                for video in found
-            ]
-        if not any(video.queries for video in found):
+        found = [video for video in found if any(map(self.asks, video.queries))]
+        if not found:
             first = f": {problems[0].where}: {problems[0].what}" if problems else ""
             raise ConfigError(f"{', '.join(map(str, self.files))}: no question can be asked{first}")
-        works, missing, _ = gather(found, self.videos, self.form.folders)
+        works, missing = gather(found, self.videos, self.form.folders)
         if not works:
             raise ConfigError(f"none of the videos was found; the first: {missing[0].where}: {missing[0].what}")
         works = works[: self.limit]
-        return works, problems + missing, sum(len(work.queries) for work in works)
+        return works, problems + missing, sum(self.asks(query) for work in works for query in work.queries.values())
+
+    def asks(self, query: Query) -> bool:
+        """The questions of other tasks still say where clips are cut, so that answers do not depend on `tasks`."""
+        return not self.tasks or query.task in self.tasks
 
 
 def run(
@@ -174,7 +173,8 @@ class _Runner:
                 configs = {METHOD: config}
                 if plan.control and config.policy != "recent":
                     configs[CONTROL] = control_config(config)
-                wanted = {(role, key) for role in configs for key in work.queries} - done
+                asked = [key for key, query in work.queries.items() if plan.asks(query)]
+                wanted = {(role, key) for role in configs for key in asked} - done
                 if not wanted:
                     return
                 self.progress.video(work.id, source.num_frames)
@@ -206,7 +206,7 @@ class _Runner:
             "benchmark": self.plan.form.name,
             "role": role,
             "policy": config.policy,
-            "budget": config.max_memory or config.budget,
+            "budget": None if config.policy == "full" else config.max_memory or config.budget,
             "video": work.id,
             "query": key,
             **_facts(query),

@@ -31,7 +31,7 @@ RVS = Format(
     "rvs",
     "RVS-Ego and RVS-Movie",
     parse,
-    files=("ego4d_oe.json", "movienet_oe.json", "*_oe.json", "*/*_oe.json"),
+    files=("*_oe.json", "*/*_oe.json"),
     averages=(Average("per question", "questions"),),
     folders=("", "videos", "ego/videos", "movie/videos", "ego", "movie"),
 )

@@ -72,14 +72,18 @@ def _name(file: str) -> str:
     return path.parent.name if path.stem == "video" and path.parent.name else path.stem
 
 
+def _files(folder: str, form: str = "") -> str:
+    """The four parts, in one of their two forms: both hold the same questions."""
+    return "|".join(f"{folder}questions_{part}{form}.json" for part in PARTS)
+
+
 STREAMINGBENCH = Format(
     "streamingbench",
     "StreamingBench",
     parse,
     files=(
-        "questions_*.json",
-        "*/questions_*.json",
-        "src/data/questions_*.json",
+        *(_files(folder) for folder in ("", "*/", "src/data/")),
+        *(_files(folder, "_stream") for folder in ("", "*/", "src/data/")),
         "streamingbench*.json",
         "*/streamingbench*.json",
     ),

@@ -92,6 +92,8 @@ def evaluate_benchmark(
     )
     judge = choice.load(adapter_for(checkpoint.model).device)
     with showing(shard) as progress:
+        if shard.rank == 0:
+            progress.note(f"reading {', '.join(map(str, files))}")
         all_through = run(plan, checkpoint, judge, shard, progress)
     if all_through:
         _, written = summarize(out)
@@ -162,8 +164,11 @@ class _Shown:
     def watched(self) -> None:
         self.count += 1
 
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def problem(self, problem: Problem) -> None:
-        self.console.print(f"skipped: {problem.where}: {problem.what}", markup=False, soft_wrap=True)
+        self.note(f"skipped: {problem.where}: {problem.what}")
 
 
 @contextmanager

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`livevlm eval` with the embedded checkpoint: known scores, killed and resumed, in shards, judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import livevlm
+from eval_kit import FULL, answers, choices, run, scripted, summary, videos, write_json, write_mp4, write_npy
+from livevlm.benchmarks import judge as judging
+from livevlm.benchmarks.asking import AskedProcessor
+from livevlm.benchmarks.judge import JudgeChoice, JudgeError, LocalJudge, RemoteJudge
+from livevlm.errors import ConfigError
+from plain_model import answers as plain_answers
+
+NUM_FRAMES = 24
+ASKED = (6, 10, 14, 18, 24)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RVS-Ego and RVS-Movie, MLVU and StreamingBench in small, about the same three videos."""
+    root = tmp_path_factory.mktemp("data")
+    ego, movie, plot, real = [], [], [], []
+    for i, video in enumerate(videos(3, NUM_FRAMES)):
+        write_mp4(root / f"videos/v{i}.mp4", video)
+        write_npy(root / f"movie/videos/m{i}.npy", video)
+        asked = video.questions(len(ASKED), seed=i, at=list(ASKED), kinds=("recall_colour", "recall_shape", "where"))
+        turns = [{"question": q.text, "answer": q.answer, "start_time": 0, "end_time": q.frame - 1} for q in asked]
+        ego.append({"video_id": f"v{i}", "video_path": f"/x/v{i}.mp4", "duration": 24, "conversations": turns})
+        times = {"clip_start_time": 2, "clip_end_time": 20}
+        movie.append({**ego[-1], "video_id": f"m{i}", "video_path": f"/x/m{i}.npy", **times})
+        last = video.questions(4, seed=i, kinds=("recall_colour", "where"))
+        plot += [
+            {"video": f"v{i}.mp4", "duration": 24, "question": q.text, "candidates": choices(q, "ABCD"[j]),
+             "answer": q.answer, "question_type": "plotQA"}
+            for j, q in enumerate(last)
+        ]  # fmt: skip
+        real.append({"video_path": f"v{i}.mp4", "questions": [
+            {"task_type": q.kind, "question": q.text, "time_stamp": f"00:00:{q.frame - 1:02d}",
+             "answer": "ABCD"[j % 4], "options": choices(q, "ABCD"[j % 4])}
+            for j, q in enumerate(asked)
+        ]})  # fmt: skip
+    write_json(root / "ego4d_oe.json", ego)
+    write_json(root / "movienet_oe.json", movie)
+    write_json(root / "json/1_plotQA.json", plot)
+    write_json(root / "questions_real.json", real)
+    return root
+
+
+def facts(lines: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[Any, ...]]:
+    """What must not depend on how a run went."""
+    names = ("reply", "strict", "official", "ask_time", "seen_seconds", "num_frames", "num_video_tokens", "prompt")
+    return {(line["role"], line["query"]): tuple(line[name] for name in names) for line in lines}
+
+
+# ---------------------------------------------------------------- scores
+def test_rvs_scores_what_transformers_alone_scores(data: Path, tmp_path: Path) -> None:
+    """A full memory: every answer is that of the stock model about the frames seen by then."""
+    entries = json.loads((data / "movienet_oe.json").read_text())
+    right = total = 0
+    expected: dict[tuple[str, str, int], str] = {}
+    for video, entry in zip(videos(3, NUM_FRAMES), entries, strict=True):
+        entry["conversations"][0]["answer"] = "wrong"
+        turns = entry["conversations"]
+        given = plain_answers(video.frames, [(turn["question"], turn["end_time"] + 1) for turn in turns])
+        for turn, reply in zip(turns, given, strict=True):
+            expected[entry["video_id"], turn["question"], turn["end_time"]] = reply
+            right += reply == turn["answer"]
+            total += 1
+    file = write_json(tmp_path / "movienet_oe.json", entries)
+    out = tmp_path / "out"
+    result = run("rvs", "--data", data, "--annotations", file, "--out", out, "--fps", "1", "--no-control", *FULL)
+    assert result.exit_code == 0, result.output
+    lines = answers(out)
+    assert {(line["video"], line["question"], line["ask_time"]): line["reply"] for line in lines} == expected
+    assert summary(out)["method"]["averages"]["per question"]["strict"] == pytest.approx(right / total)
+    assert 0.7 < right / total < 0.9  # three golds are wrong
+    assert f"| per question | {100 * right / total:.1f} |" in result.stdout
+
+
+def test_the_control_keeps_the_newest_frames(data: Path, tmp_path: Path) -> None:
+    """Options as letters, at times; the same budget for both, of which the control makes less."""
+    out = tmp_path / "out"
+    options = ("--template", "{question}", "--budget", "25%", "--set", "clip_frames=4", "--context", "1000")
+    plain = run("streamingbench", "--data", data, "--out", out, "--device", "cpu", *options[:-2])
+    assert plain.exit_code == 0, plain.output
+    found = summary(out)
+    method, control = (found[role]["averages"]["real-time, per question"]["strict"] for role in ("method", "control"))
+    assert method >= 0.8 and control <= method - 0.2, (method, control)
+    assert {line["policy"] for line in answers(out) if line["role"] == "control"} == {"recent"}
+    most = max(line["num_video_tokens"] for line in answers(out))
+    assert {line["budget"] for line in answers(out)} == {6 * 16} == {most}
+    # A window that holds everything is the stream itself.
+    again = run("streamingbench", "--data", data, "--out", tmp_path / "window", "--device", "cpu", *options)
+    assert again.exit_code == 0, again.output
+    method_now = summary(tmp_path / "window")["method"]["averages"]["real-time, per question"]["strict"]
+    assert abs(method_now - method) <= 0.2
+
+
+def test_a_line_says_everything(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("mlvu", "--data", data, "--out", out, "--limit", "1", "--fps", "1", "--max-new-tokens", "2", *FULL)
+    assert done.exit_code == 0, done.output
+    lines = answers(out)
+    assert len(lines) == 8
+    for line in lines:
+        assert line["num_frames"] == NUM_FRAMES and line["num_seen_tokens"] == NUM_FRAMES * 16
+        assert line["ttft_ms"] > 0 and line["kv_bytes"] > 0 and line["judge"] == "none" and line["seed"] == 0
+        assert line["model"] == "tiny" and line["livevlm"] == livevlm.__version__ and len(line["config_hash"]) == 16
+        assert line["strict"] == (line["reply"] == line["options"]["ABCD".index(line["expected"])])
+        assert (line["policy"], line["budget"]) in (("full", None), ("recent", 256))
+
+
+def test_questions_do_not_change_each_other(data: Path, tmp_path: Path) -> None:
+    """One question alone gets the answer that it gets among others: only where clips are cut may differ."""
+    everything, one = tmp_path / "all", tmp_path / "one"
+    options = ("--budget", "96", "--set", "clip_frames=1", "--template", "{question}", "--device", "cpu", "--fps", "1")
+    assert run("rvs", "--data", data, "--out", everything, *options).exit_code == 0
+    entries = json.loads((data / "ego4d_oe.json").read_text())
+    entries[0]["conversations"] = entries[0]["conversations"][-1:]
+    file = write_json(tmp_path / "ego4d_oe.json", entries[:1])
+    assert run("rvs", "--data", data, "--annotations", file, "--out", one, *options).exit_code == 0
+    alone, among = facts(answers(one)), facts(answers(everything))
+    assert len(alone) == 2 and all(among[key] == value for key, value in alone.items())
+
+
+# ---------------------------------------------------------------- killed, resumed, sharded
+ARGUMENTS = ("rvs", "--budget", "96", "--set", "clip_frames=1", "--template", "{question}", "--device", "cpu")
+RUN = """
+import os, sys
+from livevlm.benchmarks.results import AnswerFile
+append, stop = AnswerFile.append, int(sys.argv.pop(1))
+def slowly(self, answer):
+    append(self, answer)
+    if os.fstat(self._file).st_size and (stop := stop_after()):
+        os.write(self._file, b'{"benchmark": "rvs", "ro')  # a line that is torn
+        os.kill(os.getpid(), 9)
+count = 0
+def stop_after():
+    global count
+    count += 1
+    return count == stop
+AnswerFile.append = slowly
+from livevlm.cli import main
+main()
+"""
+
+
+def test_a_killed_process_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(*ARGUMENTS, "--data", data, "--out", whole).exit_code == 0
+    expected = facts(answers(whole))
+    assert len(expected) == 60  # six videos, five questions, two roles
+    command = [sys.executable, "-c", RUN, "7", "eval", *ARGUMENTS, "--data", str(data), "--out", str(out)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    file = out / "answers.0of1.jsonl"
+    before = file.read_bytes()
+    assert before.count(b"\n") == 7 and not before.endswith(b"\n")
+    resumed = run(*ARGUMENTS, "--data", data, "--out", out)
+    assert resumed.exit_code == 0, resumed.output
+    lines = answers(out)
+    assert len(lines) == len(expected) and facts(lines) == expected
+    assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert summary(out)["method"]["averages"] == summary(whole)["method"]["averages"]
+    again = run(*ARGUMENTS, "--data", data, "--out", out)  # nothing is left to do
+    assert again.exit_code == 0 and len(answers(out)) == len(expected)
+
+
+def test_killed_from_outside(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = "from livevlm.cli import main; main()"
+    command = [sys.executable, "-c", code, "eval", *ARGUMENTS, "--data", str(data), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        file = out / "answers.0of1.jsonl"
+        while process.poll() is None and not (file.exists() and file.stat().st_size):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    resumed = run(*ARGUMENTS, "--data", data, "--out", out)
+    assert resumed.exit_code == 0, resumed.output
+    lines = answers(out)
+    assert len(lines) == len(facts(lines)) == 60
+
+
+def test_two_ranks_answer_what_one_does(data: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run(*ARGUMENTS, "--data", data, "--out", one).exit_code == 0
+    for rank in ("1", "0"):
+        env = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+        done = run(*ARGUMENTS, "--data", data, "--out", two, env=env)
+        assert done.exit_code == 0, done.output
+        assert (two / "summary.json").exists() == (rank == "0")  # the last one adds up
+    assert sorted(path.name for path in two.glob("answers.*")) == ["answers.0of2.jsonl", "answers.1of2.jsonl"]
+    assert facts(answers(two)) == facts(answers(one)) and len(answers(two)) == len(answers(one))
+    for role in ("method", "control"):
+        for part in ("averages", "tasks", "groups"):
+            assert summary(two)[role][part] == summary(one)[role][part]
+    alone = run(*ARGUMENTS, "--data", data, "--out", two)  # one process finds what two have answered
+    assert alone.exit_code == 0, alone.output
+    assert len(answers(two)) == len(answers(one))
+    printed = run("summary", two, "--json")
+    assert json.loads(printed.stdout)["method"]["averages"] == summary(one)["method"]["averages"]
+
+
+def test_other_settings_are_refused(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    base = ("rvs", "--data", data, "--out", out, "--limit", "1", "--template", "{question}", "--device", "cpu")
+    assert run(*base, "--budget", "96").exit_code == 0
+    count = len(answers(out))
+    for other, says in (
+        (("--budget", "128"), "settings.budget: 96 there, 128 now"),
+        (("--budget", "96", "--fps", "1"), "fps: 0.5 there, 1.0 now"),
+        (("--budget", "96", "--policy", "uniform"), "settings.policy: 'similarity' there, 'uniform' now"),
+        (("--budget", "96", "--judge-url", "http://localhost:1/v1", "--judge-model", "j"), "judge: 'none' there, 'j@"),
+    ):
+        result = run(*base, *other)
+        assert result.exit_code == 2 and says in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == 2  # "reading ...", and the error
+    (out / "run.json").unlink()  # the lines themselves say it, too
+    result = run(*base, "--budget", "128")
+    assert result.exit_code == 2 and "answers.0of1.jsonl:1: an answer of another configuration" in result.stderr
+    assert len(answers(out)) == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--set", "policy=full"), "allowed are NAME=VALUE"),
+        (("--set", "alpha=7"), "alpha=7 must lie between 0 and 1"),
+        (("--template", "what"), "must hold {question}"),
+        (("--judge-url", "http://x/v1"), "--judge-url needs --judge-model"),
+        (("--policy", "full", "--budget", "25%"), "give it no --budget"),
+        (("--model", "/no/such/model"), "'/no/such/model' is no folder"),
+    ],
+)
+def test_bad_options(arguments: tuple[str, ...], says: str, data: Path, tmp_path: Path) -> None:
+    result = run("rvs", "--data", data, "--out", tmp_path / "out", "--device", "cpu", *arguments)
+    assert result.exit_code == 2 and says in result.stderr, result.stderr
+
+
+def test_an_unfinished_line_between_others_is_an_error(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    base = ("rvs", "--data", data, "--out", out, "--limit", "1", "--template", "{question}", "--device", "cpu")
+    assert run(*base).exit_code == 0
+    file = out / "answers.0of1.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[1][:30], *lines[2:]]) + "\n")
+    result = run(*base)
+    assert result.exit_code == 2 and "answers.0of1.jsonl:2: not an answer" in result.stderr
+
+
+# ---------------------------------------------------------------- prompts and judges
+def test_the_prefix_and_the_retrieval_text() -> None:
+    """The answer goes on behind the prefix; a retrieval pass of its own sees the question without its options."""
+    tiny = livevlm.load("tiny", device="cpu").processor
+    asked = AskedProcessor(tiny.tokenizer, tiny.mean, tiny.std, tiny.chat_template, prefix="red star", about="what ?")
+    before, after = asked.prompt("where was the red star ?")
+    plain_before, plain_after = tiny.prompt("where was the red star ?")
+    assert torch.equal(before, plain_before) and torch.equal(after[:-2], plain_after)
+    assert torch.equal(after[-2:], tiny.text("red star"))
+    assert torch.equal(asked.text("where was the red star ?"), tiny.text("what ?"))
+
+
+class Server(BaseHTTPRequestHandler):
+    """Judges like a strict chat model; the first call fails, as a busy one does."""
+
+    calls: list[dict[str, Any]] = []  # noqa: RUF012
+    failures = 1
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if Server.failures:
+            Server.failures -= 1
+            self.send_error(503)
+            return
+        Server.calls.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
+        truth, reply = (line.split(": ", 1)[1] for line in body["messages"][1]["content"].splitlines()[1:3])
+        said = '{"pred": "yes", "score": 5}' if truth == reply else '{"pred": "no", "score": 1}'
+        content = json.dumps({"choices": [{"message": {"content": said if truth != "?" else "hm"}}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(judging, "PATIENCE", 0.01)
+    Server.calls, Server.failures = [], 1
+    with HTTPServer(("127.0.0.1", 0), Server) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}/v1"
+        http.shutdown()
+
+
+def test_a_judge_decides_open_answers(server: str, tmp_path: Path) -> None:
+    write_npy(tmp_path / "v.npy", videos(1, 6)[0])
+    turns = [{"question": f"q{i}?", "answer": gold, "end_time": 3} for i, gold in enumerate(["red", "blue", "?"])]
+    write_json(tmp_path / "ego4d_oe.json", [{"video_id": "v", "video_path": "v.npy", "conversations": turns}])
+    judge = RemoteJudge(server, "strict", "secret")
+    assert "secret" not in repr(judge)
+    result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", judge, control=False)
+    assert {line["judge"] for line in lines} == {"strict@livevlm-1"}
+    found = {line["question"]: (line["judged"], line["judge_score"]) for line in lines}
+    assert found == {"q0?": (True, 5), "q1?": (False, 1), "q2?": (None, None)}
+    assert result["method"]["averages"]["per question"]["judged"] == 0.5  # what it did not decide is not counted
+    assert result["method"]["judge_score"] == 3 and result["method"]["num_undecided"] == 1
+    first = Server.calls[0]
+    assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer secret", "strict")
+    assert "judged" in (tmp_path / "out" / "summary.md").read_text()
+
+
+def test_a_judge_that_is_gone_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(judging, "PATIENCE", 0.0)
+    write_npy(tmp_path / "v.npy", videos(1, 6)[0])
+    turns = [{"question": "q?", "answer": "red", "end_time": 3}]
+    write_json(tmp_path / "ego4d_oe.json", [{"video_id": "v", "video_path": "v.npy", "conversations": turns}])
+    with pytest.raises(JudgeError, match=re.escape("judge 'j' at http://127.0.0.1:9/v1")):
+        scripted("rvs", tmp_path, lambda prompt, times: "red", RemoteJudge("http://127.0.0.1:9/v1", "j", None))
+    assert not answers(tmp_path / "out")  # it will be asked again
+
+
+def test_a_local_judge(tmp_path: Path) -> None:
+    """A model of random weights says nothing that can be understood: undecided, and not counted."""
+    tokenizer = livevlm.load("tiny", device="cpu").processor.tokenizer
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "judge")
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "judge")
+    judge = LocalJudge(str(tmp_path / "judge"), "cpu")
+    found = judge("what ?", "red", "blue")
+    assert judge.name == f"local:{tmp_path / 'judge'}@livevlm-1" == JudgeChoice(model=str(tmp_path / "judge")).name
+    assert found.right is None and found.score is None
+    with pytest.raises(ConfigError, match="no judge could be loaded"):
+        LocalJudge(str(tmp_path / "none"), "cpu")
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from livevlm.cli import main; main(['eval', '--help'], standalone_mode=False); "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules"],
+        capture_output=True, text=True, check=False, env=os.environ,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("streamingbench", "ovobench", "rvs", "cgbench", "summary"))
