@@ -75,7 +75,7 @@ def figures(answers: Answers, form: Format) -> dict[str, Any]:
             for name, part in split(of, "task").items()
         },
         "judge_score": mean([answer.get("judge_score") for answer in answers]),
-        "num_undecided": sum(answer["judge"] != "none" and answer.get("judged") is None for answer in _open(answers)),
+        "num_undecided": undecided(answers),
         "num_past_end": sum(bool(answer["past_end"]) for answer in answers),
         "evidence_found": evidence_found(answers),
         "ttft_ms": _median(answers, "ttft_ms"),
@@ -96,8 +96,10 @@ def evidence_found(answers: Answers) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _open(answers: Answers) -> list[dict[str, Any]]:
-    return [answer for answer in answers if answer["kind"] == "open"]
+def undecided(answers: Answers) -> int | None:
+    """Open answers that the judge said nothing clear about; None without a judge."""
+    judged = [answer for answer in answers if answer["kind"] == "open" and answer["judge"] != "none"]
+    return sum(answer.get("judged") is None for answer in judged) if judged else None
 
 
 def _median(answers: Answers, name: str) -> float | None:

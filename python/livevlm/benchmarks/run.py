@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,6 +195,8 @@ class _Runner:
                 one.run(source, Staging(self.checkpoint.processor, adapter.image_size, adapter.device))
         except (VideoError, FrameError) as error:
             self._skip(work.video.where, f"video {work.id}: {error}")
+        finally:
+            gc.collect()  # streams hold GPU memory, and refer to themselves
 
     def _skip(self, where: str, why: str) -> None:
         problem = Problem(where, why)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -56,6 +57,7 @@ class Viewer:
             assert self.context is not None
             while len(self._newest) > 1 and self._newest[0][0] < moment - self.context:
                 self._newest.popleft()
+            gc.collect()  # a stream holds GPU memory, and refers to itself
             self._window = self._new_stream(self.config)
             size = self.config.clip_frames
             newest = list(self._newest)
