@@ -29,22 +29,23 @@ from livevlm.errors import ConfigError
 from plain_model import answers as plain_answers
 
 NUM_FRAMES = 24
-ASKED = (6, 10, 14, 18, 24)
+ASKED = (8, 14, 20, 24)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RVS-Ego and RVS-Movie, MLVU and StreamingBench in small, about the same three videos."""
+    """RVS-Ego and RVS-Movie (a stack), MLVU and StreamingBench in small, about the same two videos."""
     root = tmp_path_factory.mktemp("data")
     ego, movie, plot, real = [], [], [], []
-    for i, video in enumerate(videos(3, NUM_FRAMES)):
+    for i, video in enumerate(videos(2, NUM_FRAMES)):
         write_mp4(root / f"videos/v{i}.mp4", video)
-        write_npy(root / f"movie/videos/m{i}.npy", video)
         asked = video.questions(len(ASKED), seed=i, at=list(ASKED), kinds=("recall_colour", "recall_shape", "where"))
         turns = [{"question": q.text, "answer": q.answer, "start_time": 0, "end_time": q.frame - 1} for q in asked]
         ego.append({"video_id": f"v{i}", "video_path": f"/x/v{i}.mp4", "duration": 24, "conversations": turns})
         times = {"clip_start_time": 2, "clip_end_time": 20}
-        movie.append({**ego[-1], "video_id": f"m{i}", "video_path": f"/x/m{i}.npy", **times})
+        if not movie:
+            write_npy(root / "movie/videos/m0.npy", video)
+            movie.append({**ego[-1], "video_id": "m0", "video_path": "/x/m0.npy", **times})
         last = video.questions(4, seed=i, kinds=("recall_colour", "where"))
         plot += [
             {"video": f"v{i}.mp4", "duration": 24, "question": q.text, "candidates": choices(q, "ABCD"[j]),
@@ -75,7 +76,7 @@ def test_rvs_scores_what_transformers_alone_scores(data: Path, tmp_path: Path) -
     entries = json.loads((data / "movienet_oe.json").read_text())
     right = total = 0
     expected: dict[tuple[str, str, int], str] = {}
-    for video, entry in zip(videos(3, NUM_FRAMES), entries, strict=True):
+    for video, entry in zip(videos(2, NUM_FRAMES), entries, strict=False):
         entry["conversations"][0]["answer"] = "wrong"
         turns = entry["conversations"]
         given = plain_answers(video.frames, [(turn["question"], turn["end_time"] + 1) for turn in turns])
@@ -90,7 +91,7 @@ def test_rvs_scores_what_transformers_alone_scores(data: Path, tmp_path: Path) -
     lines = answers(out)
     assert {(line["video"], line["question"], line["ask_time"]): line["reply"] for line in lines} == expected
     assert summary(out)["method"]["averages"]["per question"]["strict"] == pytest.approx(right / total)
-    assert 0.7 < right / total < 0.9  # three golds are wrong
+    assert 0.7 < right / total < 0.9  # one gold is wrong
     assert f"| per question | {100 * right / total:.1f} |" in result.stdout
 
 
@@ -166,7 +167,7 @@ def test_a_killed_process_goes_on_where_it_was(data: Path, tmp_path: Path) -> No
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run(*ARGUMENTS, "--data", data, "--out", whole).exit_code == 0
     expected = facts(answers(whole))
-    assert len(expected) == 60  # six videos, five questions, two roles
+    assert len(expected) == 24  # three videos, four questions, two roles
     command = [sys.executable, "-c", RUN, "7", "eval", *ARGUMENTS, "--data", str(data), "--out", str(out)]
     killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -195,7 +196,7 @@ def test_killed_from_outside(data: Path, tmp_path: Path) -> None:
     resumed = run(*ARGUMENTS, "--data", data, "--out", out)
     assert resumed.exit_code == 0, resumed.output
     lines = answers(out)
-    assert len(lines) == len(facts(lines)) == 60
+    assert len(lines) == len(facts(lines)) == 24
 
 
 def test_two_ranks_answer_what_one_does(data: Path, tmp_path: Path) -> None:

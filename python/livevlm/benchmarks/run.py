@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from livevlm.benchmarks.prompts import Prompt
 from livevlm.benchmarks.results import AnswerFile
 from livevlm.benchmarks.schema import Problem, Query
 from livevlm.benchmarks.shards import Shard
-from livevlm.benchmarks.viewer import CONTROL, METHOD, NewStream, Viewer, control_config
+from livevlm.benchmarks.viewer import CONTROL, METHOD, NewStream, Viewer, control_config, free_streams
 from livevlm.benchmarks.watch import Pass
 from livevlm.checkpoint import Checkpoint
 from livevlm.config import Config
@@ -196,7 +195,7 @@ class _Runner:
         except (VideoError, FrameError) as error:
             self._skip(work.video.where, f"video {work.id}: {error}")
         finally:
-            gc.collect()  # streams hold GPU memory, and refer to themselves
+            free_streams()
 
     def _skip(self, where: str, why: str) -> None:
         problem = Problem(where, why)

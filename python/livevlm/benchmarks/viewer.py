@@ -8,6 +8,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from livevlm.config import Config
@@ -21,6 +22,12 @@ METHOD, CONTROL = "method", "control"
 def control_config(config: Config) -> Config:
     """The newest frames in the same budget, all of them attended to."""
     return dataclasses.replace(config, policy="recent", retrieval="none")
+
+
+def free_streams() -> None:
+    """Gives back what streams no longer in use hold of a GPU: they refer to themselves, so Python would do it late."""
+    if torch.cuda.is_available():
+        gc.collect()
 
 
 class Viewer:
@@ -57,7 +64,7 @@ class Viewer:
             assert self.context is not None
             while len(self._newest) > 1 and self._newest[0][0] < moment - self.context:
                 self._newest.popleft()
-            gc.collect()  # a stream holds GPU memory, and refers to itself
+            free_streams()
             self._window = self._new_stream(self.config)
             size = self.config.clip_frames
             newest = list(self._newest)
