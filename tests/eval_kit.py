@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 import livevlm
 from livevlm import Answer, Evidence
 from livevlm.benchmarks.judge import Judge
+from livevlm.benchmarks.plan import Plan
 from livevlm.benchmarks.registry import FORMATS
-from livevlm.benchmarks.run import Plan
 from livevlm.benchmarks.run import run as evaluate
 from livevlm.benchmarks.schema import Problem
 from livevlm.benchmarks.shards import Shard

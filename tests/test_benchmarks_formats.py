@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,13 @@ def test_streamingbench_shows_the_last_seconds_only(lay: Callable[..., Path]) ->
     script = Script(one="A", two="A")
     scripted("streamingbench", data, script, context=5.0)
     assert script.seen == {"one": [0, 1, 2, 3, 4], "two": [5, 6, 7, 8, 9, 10]}
+    late = real("late", "00:01:00", "A", "Counting")  # the last seconds that there are
+    questions = [real("between", "00:00:05", "A", "Counting"), late]
+    write_json(data / "questions_real.json", [{"video_path": "v.mp4", "questions": questions}])
+    shutil.rmtree(data / "out")
+    script = Script(between="A", late="A")
+    scripted("streamingbench", data, script, context=4.0, fps=0.5)
+    assert script.seen == {"between": [2, 4], "late": [6, 8, 10]}
 
 
 def test_streamingbench_repeats_earlier_questions_with_true_answers(lay: Callable[..., Path]) -> None:
@@ -145,6 +153,10 @@ def test_streamingbench_polls_until_the_moment(lay: Callable[..., Path]) -> None
     # Three seconds late is too late; "the GOAL" holds the output, but is not it.
     assert found == {"good?": (6, False, True), "slow?": (6, False, False), "never?": (None, False, False)}
     assert averages(result, "official")["all, per question"] == pytest.approx(1 / 3)
+    shutil.rmtree(data / "out")
+    polls["never"].clear()
+    scripted("streamingbench", data, reply, control=False, fps=0.5)
+    assert polls["never"] == [2, 4, 6]  # where no frame is new, the reply is known
 
 
 # ---------------------------------------------------------------- OVO-Bench

@@ -14,7 +14,7 @@ from livevlm.benchmarks.frames import Source
 from livevlm.benchmarks.schema import Query
 from livevlm.benchmarks.viewer import Viewer
 from livevlm.clips import Clips
-from livevlm.errors import QuestionError, VideoError
+from livevlm.errors import FrameError, QuestionError, VideoError
 from livevlm.staging import Staging, clip_of
 
 LATE = 1.0  # seconds behind the last frame's own at which a question counts as asked past the end
@@ -45,18 +45,18 @@ class Pass:
         """Watches until the last question is answered, or the video ends; then asks what is left.
 
         Raises:
-            VideoError: the video broke off; questions about what came before have been asked.
+            VideoError, FrameError: the video broke off; questions about what came before have been asked.
         """
         moments = sorted({math.inf if t is None else t for query in self.queries.values() for t in query.times})
         polled: dict[tuple[str, str], dict[str, Any]] = {}
         newest: float | None = None
         cuts = [moment for moment in moments if moment < math.inf]
-        broken: VideoError | None = None
+        broken: VideoError | FrameError | None = None
         with Clips(source.frames, staging, clip_frames=self.clip_frames, cuts=cuts) as clips:
             while True:
                 try:
                     clip = clips.next()
-                except VideoError as error:
+                except (VideoError, FrameError) as error:
                     broken, clip = error, None
                 if clip is None:
                     break
@@ -85,7 +85,7 @@ class Pass:
             for viewer in self.viewers:
                 if (viewer.role, key) not in self.wanted:
                     continue
-                stream = viewer.stream(min(moment, newest))
+                stream = viewer.stream(newest if past or moment == math.inf else moment)
                 try:
                     if query.kind == "proactive":
                         answer = self._polled(stream, query, moment, polled.setdefault((viewer.role, key), {}))

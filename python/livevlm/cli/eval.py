@@ -80,7 +80,11 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="NAME=VALUE",
                 help="Any other setting of livevlm.Config, such as scope=shared. May be repeated.",
             ),
-            click.option("--fps", type=click.FloatRange(min=0, min_open=True), help="Frames a second looked at."),
+            click.option(
+                "--fps",
+                type=click.FloatRange(min=0, min_open=True),
+                help="Frames a second looked at.  [default: the benchmark's]",
+            ),
             click.option(
                 "--stored-fps",
                 type=click.FloatRange(min=0, min_open=True),

@@ -18,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from livevlm.benchmarks.judge import JudgeChoice
+from livevlm.benchmarks.plan import Plan
 from livevlm.benchmarks.registry import FORMATS
-from livevlm.benchmarks.run import Plan, run
+from livevlm.benchmarks.run import run
 from livevlm.benchmarks.schema import Problem
 from livevlm.benchmarks.shards import Shard
 from livevlm.benchmarks.summary import summarize

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run is asked to do, and the videos that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from livevlm.benchmarks.format import Format
+from livevlm.benchmarks.locate import Work, gather
+from livevlm.benchmarks.prompts import Prompt
+from livevlm.benchmarks.schema import Problem, Query
+from livevlm.config import Config
+from livevlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        model: the model's name, as answers will carry it.
+        config_for: settings for a video of so many frames (None: not known); a budget may be a share of them.
+        settings: what `config_for` is made from, as it was asked for.
+        videos: folders below which videos lie.
+        context: seconds before a question that are shown; None: everything.
+        control: whether the newest frames alone, in the same budget, are asked the same.
+        limit: most videos; None: all.
+        tasks: only these; empty: all.
+    """
+
+    form: Format
+    model: str
+    config_for: Callable[[int | None], Config]
+    settings: dict[str, Any]
+    files: tuple[Path, ...]
+    videos: tuple[Path, ...]
+    out: Path
+    prompt: Prompt
+    max_new_tokens: dict[str, int]
+    fps: float
+    stored_fps: float = 1.0
+    context: float | None = None
+    control: bool = True
+    limit: int | None = None
+    tasks: tuple[str, ...] = ()
+
+    def identity(self, judge: str) -> dict[str, Any]:
+        """All that decides an answer. Neither the control, nor how much is run, nor where it lies."""
+        return {
+            "benchmark": self.form.name,
+            "model": self.model,
+            "settings": self.settings,
+            "fps": self.fps,
+            "stored_fps": self.stored_fps,
+            "context": self.context,
+            "prompt": asdict(self.prompt),
+            "max_new_tokens": dict(self.max_new_tokens),
+            "judge": judge,
+        }
+
+    def works(self) -> tuple[list[Work], list[Problem], int]:
+        """Videos to watch, what is skipped, and how many questions there are.
+
+        Raises:
+            ConfigError: no annotation can be used, or no video was found.
+        """
+        found, problems = self.form.read(self.files)
+        found = [video for video in found if any(map(self.asks, video.queries))]
+        if not found:
+            first = f": {problems[0].where}: {problems[0].what}" if problems else ""
+            raise ConfigError(f"{', '.join(map(str, self.files))}: no question can be asked{first}")
+        works, missing = gather(found, self.videos, self.form.folders)
+        if not works:
+            raise ConfigError(f"none of the videos was found; the first: {missing[0].where}: {missing[0].what}")
+        works = works[: self.limit]
+        return works, problems + missing, sum(self.asks(query) for work in works for query in work.queries.values())
+
+    def asks(self, query: Query) -> bool:
+        """The questions of other tasks still say where clips are cut, so that answers do not depend on `tasks`."""
+        return not self.tasks or query.task in self.tasks
