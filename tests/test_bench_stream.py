@@ -38,6 +38,8 @@ def test_all_parts_and_files(tmp_path: Path) -> None:
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] and row["samples"] == 2 for row in of_live)
     encode = [(row["system"], row["frames"]) for row in rows(tmp_path) if row["part"] == "encode"]
     assert encode == [(system, frames) for system in ("livevlm", "stock") for frames in parts.CALLS]
+    notes = [row["note"] for row in rows(tmp_path) if row["part"] == "retrieval" and row["metric"] == "TTFT ms"]
+    assert notes == ["mean_key, 40%", "mass, 40%", "frame, 40%", "all of the memory"]
     read = {(row["system"], row["metric"]): row["note"] for row in rows(tmp_path) if row["part"] == "file"}
     assert read["livevlm", "encode ms/frame"] == "20 of 20 frames, decoding included"
     assert {("decoder", "decode ms/frame"), ("livevlm", "TTFT ms"), ("livevlm", "decode ms/token")} < set(read)

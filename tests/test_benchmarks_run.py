@@ -228,7 +228,7 @@ def test_other_settings_are_refused(data: Path, tmp_path: Path) -> None:
     for other, says in (
         (("--budget", "128"), "settings.budget: 96 there, 128 now"),
         (("--budget", "96", "--fps", "1"), "fps: 0.5 there, 1.0 now"),
-        (("--budget", "96", "--policy", "uniform"), "settings.policy: 'similarity' there, 'uniform' now"),
+        (("--budget", "96", "--policy", "uniform"), "settings.policy: 'novelty' there, 'uniform' now"),
         (("--budget", "96", "--judge-url", "http://localhost:1/v1", "--judge-model", "j"), "judge: 'none' there, 'j@"),
     ):
         result = run(*base, *other)

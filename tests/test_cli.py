@@ -110,7 +110,7 @@ def test_bad_videos(tmp_path: Path) -> None:
         ([SAMPLE, "what ?", "--budget", "0"], "budget 0 must be at least 1"),
         ([SAMPLE, "what ?", "--budget=-3"], "budget -3 must be at least 1"),
         ([SAMPLE, "what ?", "--budget", "0%"], "budget '0%' must be above 0%"),
-        ([SAMPLE, "what ?", "--budget", "16"], "budget=16 tokens is too small"),
+        ([SAMPLE, "what ?", "--budget", "15"], "budget=15 tokens is too small"),
         ([SAMPLE, "what ?", "--budget", "much"], "budget 'much' is not understood"),
         ([SAMPLE, "what ?", "--fps", "0"], "fps=0"),
         ([SAMPLE, "what ?", "--model", "/no/such/model"], "'/no/such/model' is no folder"),

@@ -127,8 +127,8 @@ def test_settings_that_do_not_exist_and_budgets_that_are_too_small(tmp_path: Pat
             settings_of(names, budgets, retrieval, positions)
     both = settings_of(["full", "rekv", "streammem"], [50.0, 25.0], ["none", "mean_key"], ["packed", "original"])
     assert len(both) == len(set(both)) == 2 * 2 + 2 * 2 + 2, "a preset's own retrieval, positions and budget stay"
-    with pytest.raises(ConfigError, match="20 tokens do not hold the 2 newest frames"):
-        compare(Plan(tuple(settings_of(["recent"], [2.0], ["none"], ["packed"])), frames=(64,)), tmp_path)
+    with pytest.raises(ConfigError, match="10 tokens do not hold the newest 1 frame"):
+        compare(Plan(tuple(settings_of(["recent"], [1.0], ["none"], ["packed"])), frames=(64,)), tmp_path)
 
 
 # -------------------------------------------------------------------- runs
@@ -188,6 +188,6 @@ def test_every_preset_runs_and_files_say_what_came_of_it(tmp_path: Path) -> None
     assert rows["recent"]["to_full"] == pytest.approx(rows["recent"]["accuracy"] - rows["full"]["accuracy"])
     assert 0.1 < CHANCE_LEVEL < 0.2
     text = (tmp_path / "results.md").read_text()
-    assert text in done.stdout and "| similarity-shared |" in text
+    assert text in done.stdout and "| similarity |" in text
     for name in ("results.csv", "accuracy-32-frames.png", "accuracy-32-frames.svg"):
         assert (tmp_path / name).stat().st_size > 1000

@@ -20,7 +20,7 @@ BOUNDED = sorted(set(POLICIES) - {"full"})
 
 
 def watched(num_frames: int, *, clip: int = 8, seed: int = 1, **settings: object) -> LiveCache:
-    config = Config(**{"budget": 64, "slack": 0, "retrieval": "none", "clip_frames": clip, **settings})
+    config = Config(**{"budget": 64, "slack": 0, "scope": "layer", "recent_frames": 2, "clip_frames": clip, **settings})
     cache = LiveCache(tiny_random(), config)
     cache.prefill_prompt(PROMPT)
     frames = pixels(num_frames, seed)

@@ -20,7 +20,7 @@ BUDGET, CLIP, SLACK = 64, 6, 0.4
 
 
 def cache_of(**settings: Any) -> LiveCache:
-    config = {"policy": "recent", "budget": BUDGET, "retrieval": "none", "clip_frames": CLIP, "slack": SLACK}
+    config = {"policy": "recent", "budget": BUDGET, "recent_frames": 2, "clip_frames": CLIP, "slack": SLACK}
     cache = LiveCache(tiny_random(), Config(**config | settings))
     cache.prefill_prompt(PROMPT)
     return cache

@@ -27,10 +27,10 @@ class Config:
     reported to use; "ours" is what the papers leave open.
 
     Attributes:
-        policy: how the memory is kept within its budget. "vision_sink" (LiveVLM v2, Vision Sink Bucketing),
-            "clip_merge" (LiveVLM v1), "similarity" (InfiniPot-V, arXiv 2506.15745), "novelty" (ours; made for
-            `scope="shared"`), "proxy_query" (StreamMem), and the baselines "recent", "uniform", "random" and "full"
-            (keeps everything, unbounded).
+        policy: how the memory is kept within its budget. "novelty" (ours; made for `scope="shared"`), "vision_sink"
+            (LiveVLM v2, Vision Sink Bucketing), "clip_merge" (LiveVLM v1), "similarity" (InfiniPot-V, arXiv
+            2506.15745), "proxy_query" (StreamMem), and the baselines "recent", "uniform", "random" and "full" (keeps
+            everything, unbounded).
         budget: video tokens that are left per layer when the memory is compressed. 12,000 (LiveVLM v2). The prompt and
             the question come on top.
         max_memory: budget in bytes instead, for keys and values of all layers, e.g. "2GiB"; overrides `budget`. Room
@@ -42,9 +42,9 @@ class Config:
             Compressing costs as much after one frame as after many. A question sees whatever is there, so up to
             `budget * (1 + slack)` tokens. 0: compress after every clip. Pushes of `clip_frames` frames or more are
             always followed by it, and so is every clip of "clip_merge", which merges each by itself.
-        recent_frames: newest frames that are never evicted and always attended to, 2 (LiveVLM v2, repo).
-        scope: "layer": every layer keeps its own tokens (LiveVLM v2, as far as is known); "shared": scores are averaged
-            over layers and all layers keep the same tokens (ours).
+        recent_frames: newest frames that are never evicted and always attended to, 1 (ours; LiveVLM v2, repo: 2).
+        scope: "shared": scores are averaged over layers and all layers keep the same tokens (ours); "layer": every
+            layer keeps its own tokens (LiveVLM v2, as far as is known).
         num_score_queries: newest vision tokens whose attention scores the memory, r = 64 (the papers do not say; ours).
         scatter_ratio: share of the budget spread over time buckets, 0.5 (LiveVLM v2, repo). 0 is plain top-k.
         bucket_capacity: tokens a bucket takes, 1 (LiveVLM v2).
@@ -54,9 +54,9 @@ class Config:
             (InfiniPot-V).
         recent_ratio: `similarity`: share of the budget held by the newest frames, 0.25 (InfiniPot-V).
         policy_seed: `random`: another number draws other tokens, 0 (ours).
-        retrieval: which part of the memory a question attends to. "mean_key" (LiveVLM v2, Page-based Retrieval),
-            "mass" (ours): by the exact attention to each block, for which all keys are read; "frame" (ReKV, arXiv
-            2503.00540), "none": all of it.
+        retrieval: which part of the memory a question attends to. "none" (ours): all of it; "mean_key" (LiveVLM v2,
+            Page-based Retrieval); "mass" (ours): by the exact attention to each block, for which all keys are read;
+            "frame" (ReKV, arXiv 2503.00540).
         retrieval_ratio: `mean_key`, `mass`: share of the blocks retrieved, 0.4 (LiveVLM v2).
         block_size: `mean_key`, `mass`: tokens in a block, 16 (LiveVLM v2).
         num_retrieved_frames: `frame`: blocks of one frame that are retrieved, 64 (ReKV).
@@ -79,13 +79,13 @@ class Config:
         max_new_tokens: longest answer, 128 (ours).
     """
 
-    policy: PolicyName = "vision_sink"
+    policy: PolicyName = "novelty"
     budget: int = 12_000
     max_memory: int | str | None = None
     clip_frames: int = 32
     slack: float = 0.4
-    recent_frames: int = 2
-    scope: Scope = "layer"
+    recent_frames: int = 1
+    scope: Scope = "shared"
     num_score_queries: int = 64
     scatter_ratio: float = 0.5
     bucket_capacity: int = 1
@@ -94,7 +94,7 @@ class Config:
     alpha: float = 0.5
     recent_ratio: float = 0.25
     policy_seed: int = 0
-    retrieval: RetrievalName = "mean_key"
+    retrieval: RetrievalName = "none"
     retrieval_ratio: float = 0.4
     block_size: int = 16
     num_retrieved_frames: int = 64

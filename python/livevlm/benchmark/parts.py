@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import torch
 
@@ -18,8 +21,10 @@ from livevlm.benchmark.report import Row, row
 from livevlm.benchmark.stock import Stock
 from livevlm.benchmark.subject import Subject
 from livevlm.benchmark.timing import Limit
+from livevlm.types import RetrievalName
 
 CALLS = (1, 8, 32)
+SHARE = 0.4  # of the memory that is retrieved (LiveVLM v2)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,19 @@ def live(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
             return
 
 
+def retrieval(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
+    """Questions to a full memory, by what they attend to: all of it, or the best 40 % by each way of retrieval."""
+    cache = _live(subject, plan).stream.cache
+    frames = cache.budget // cache.adapter.tokens_per_frame
+    share = {"retrieval_ratio": SHARE, "num_retrieved_frames": math.ceil(SHARE * frames)}
+    for way in get_args(RetrievalName):
+        timing.free(subject.device)
+        one = Live(subject, **{**dict(plan.settings), **share, "retrieval": way})
+        one.watch(frames + CLIP, CLIP)
+        for found in questions("retrieval", "livevlm", one.ask, one.num_frames, plan.repeats, limit):
+            yield dataclasses.replace(found, note="all of the memory" if way == "none" else f"{way}, {SHARE:.0%}")
+
+
 def kept(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
     """Stock transformers over a stream, everything kept, until it is out of memory or time."""
     device, size = subject.device, subject.model.config.vision_config.image_size
@@ -162,5 +180,6 @@ def floor(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
 
 
 PARTS: dict[str, Part] = {
-    "floor": floor, "encode": encode, "live": live, "kept": kept, "oneshot": oneshot, "file": file, "profile": profile,
+    "floor": floor, "encode": encode, "live": live, "retrieval": retrieval, "kept": kept, "oneshot": oneshot,
+    "file": file, "profile": profile,
 }  # fmt: skip

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from livevlm.cli.ask import one_line_errors
 from livevlm.cli.values import budget_settings
 from livevlm.errors import ConfigError
+from livevlm.types import RetrievalName
 
-PARTS = ("floor", "encode", "live", "kept", "oneshot", "file", "profile")
+PARTS = ("floor", "encode", "live", "retrieval", "kept", "oneshot", "file", "profile")
 DEFAULT_FRAMES = {"cuda": 22_528, "cpu": 256}
 
 
@@ -38,6 +40,11 @@ def chosen_parts(text: str) -> list[str]:
 @click.option("--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Samples of each figure.")
 @click.option("--budget", metavar="N|SIZE", help="Memory of livevlm: tokens, or bytes (2GiB).")
 @click.option(
+    "--retrieval",
+    type=click.Choice(get_args(RetrievalName)),
+    help="What questions to livevlm attend to.  [default: the checkpoint's setting]",
+)
+@click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("bench_stream"),
@@ -55,6 +62,7 @@ def stream(
     limit: float,
     repeats: int,
     budget: str | None,
+    retrieval: RetrievalName | None,
     out: Path,
     plots: bool,
 ) -> None:
@@ -64,8 +72,10 @@ def stream(
     floor    one read of the weights, which no token is decoded faster than
     encode   ms a frame at 1, 8 and 32 frames a call
     live     livevlm: the whole stream, questions on the way
+    retrieval  questions to a full memory, by what they attend to
     kept     stock, in clips, everything kept: until it is out of memory
     oneshot  stock, video and question at once: until it is out of memory
+    file     a real file, decoding included
     profile  where each millisecond goes (GPU only)
     """
     names = chosen_parts(parts)
@@ -82,6 +92,7 @@ def stream(
     quiet_libraries()
     kind = find_device(device).type
     settings = {} if budget is None else budget_settings(budget, None)
+    settings |= {} if retrieval is None else {"retrieval": retrieval}
     subject = subject_for(shape or ("7b" if kind == "cuda" else "tiny"), model, str(find_device(device)))
     set_threads(subject.model)
     plan = Plan(frames or DEFAULT_FRAMES[kind], repeats=repeats, settings=tuple(settings.items()))

@@ -73,8 +73,8 @@ def synthetic(
 
     \b
     settings   full, blind (the newest frame), recent, uniform, random,
-               similarity, novelty, vision_sink, clip_merge, proxy_query:
-               tokens of each layer's own; with "-shared", the same of all;
+               novelty, similarity, vision_sink, clip_merge, proxy_query:
+               the same tokens in all layers; with "-layer", each its own;
                as published: livevlm, infinipot-v, streammem, rekv
     retrieval  none, or 40 % of the memory: mass, mean_key, frame, and the
                latter two with "-softmax"

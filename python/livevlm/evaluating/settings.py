@@ -28,6 +28,7 @@ class Preset:
     share_of: Literal["kept", "retrieved"] | None = "kept"
 
 
+_SCORED = ("novelty", "similarity", "vision_sink", "clip_merge", "proxy_query")
 PRESETS: dict[str, Preset] = {
     "full": Preset({"policy": "full"}, share_of=None),
     # The newest frame alone: what can be answered without a memory.
@@ -35,20 +36,22 @@ PRESETS: dict[str, Preset] = {
     "recent": Preset({"policy": "recent"}),
     "uniform": Preset({"policy": "uniform"}),
     "random": Preset({"policy": "random"}),
-    "similarity": Preset({"policy": "similarity"}),
-    "similarity-shared": Preset({"policy": "similarity", "scope": "shared"}),
-    "novelty": Preset({"policy": "novelty"}),
-    "novelty-shared": Preset({"policy": "novelty", "scope": "shared"}),
-    "vision_sink": Preset({"policy": "vision_sink"}),
-    "vision_sink-shared": Preset({"policy": "vision_sink", "scope": "shared"}),
-    "clip_merge": Preset({"policy": "clip_merge"}),
-    "clip_merge-shared": Preset({"policy": "clip_merge", "scope": "shared"}),
-    "proxy_query": Preset({"policy": "proxy_query"}),
-    "proxy_query-shared": Preset({"policy": "proxy_query", "scope": "shared"}),
+    **{name: Preset({"policy": name, "scope": "shared"}) for name in _SCORED},
+    **{f"{name}-layer": Preset({"policy": name, "scope": "layer"}) for name in _SCORED},
     # As published, as far as livevlm has it: see the policies for what is left out.
-    "livevlm": Preset({"policy": "vision_sink", "retrieval": "mean_key", "retrieval_pass": "two_pass"}),
-    "infinipot-v": Preset({"policy": "similarity", "alpha": 0.5, "retrieval": "none", "positions": "original"}),
-    "streammem": Preset({"policy": "proxy_query", "retrieval": "none", "positions": "original"}),
+    "livevlm": Preset(
+        {
+            "policy": "vision_sink",
+            "scope": "layer",
+            "recent_frames": 2,
+            "retrieval": "mean_key",
+            "retrieval_pass": "two_pass",
+        }
+    ),
+    "infinipot-v": Preset(
+        {"policy": "similarity", "scope": "layer", "alpha": 0.5, "retrieval": "none", "positions": "original"}
+    ),
+    "streammem": Preset({"policy": "proxy_query", "scope": "layer", "retrieval": "none", "positions": "original"}),
     "rekv": Preset({"policy": "full", "retrieval": "frame", "retrieval_pass": "two_pass"}, share_of="retrieved"),
 }
 RETRIEVALS: dict[str, dict[str, Any]] = {
@@ -113,7 +116,7 @@ class Setting:
         if preset.share_of == "retrieved":
             retrieved, kept = tokens // tokens_per_frame - newest, total
         if tokens < newest * tokens_per_frame or retrieved < 1:
-            raise ConfigError(f"{self.name}: {tokens} tokens do not hold the {newest} newest frames, and more")
+            raise ConfigError(f"{self.name}: {tokens} tokens do not hold the newest {newest} frame(s), and more")
         return Config(**{**given, "budget": tokens, "num_retrieved_frames": retrieved})
 
 
