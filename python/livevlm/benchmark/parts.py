@@ -102,7 +102,7 @@ def encode(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
 def live(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
     """A stream that is really read to its end, with questions on the way."""
     device = subject.device
-    one, seen = _live(subject, plan, clip_frames=3 * CLIP), 0  # compressed after three clips, with room for no more
+    one, seen = _live(subject, plan, clip_frames=2 * CLIP), 0  # compressed after two clips, with room for no more
     for history in plan.histories:
         taken = timing.milliseconds(partial(one.watch, history - seen, CLIP), device) / (history - seen)
         yield row("live", "livevlm", "encode ms/frame", [taken], history=history, frames=CLIP)
