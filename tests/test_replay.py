@@ -207,17 +207,40 @@ def test_where_graphs_are_not_possible(tiny: livevlm.Checkpoint) -> None:
     assert replay.said == "on" and replay.can_answer(kinds, 1)
     decoder = replay._decoder
     assert replay.can_answer(kinds, 1) and replay._decoder is decoder
-    handle = cache.adapter.language_model.layers[2].register_forward_pre_hook(lambda *args: None)
+    first = cache.adapter.language_model.layers[0]
+    handle = first.register_forward_pre_hook(lambda *args: None)
     assert not replay.can_answer(kinds, 1) and replay.said == "off: a Qwen2DecoderLayer has hooks"
     handle.remove()
-    weight = cache.adapter.language_model.layers[1].mlp.up_proj.weight
-    weight.data = weight.data.clone()
+    first.mlp.up_proj.weight.data = first.mlp.up_proj.weight.data.clone()
     assert replay.can_answer(kinds, 1) and replay._decoder is not decoder, "a weight has moved"
     decoder = replay._decoder
-    cache.adapter.language_model.layers[1].mlp.up_proj = torch.nn.Sequential(
-        cache.adapter.language_model.layers[1].mlp.up_proj
-    )
+    first.mlp.up_proj = torch.nn.Sequential(first.mlp.up_proj)
     assert replay.can_answer(kinds, 1) and replay._decoder is not decoder, "a module was exchanged"
+
+
+@pytest.mark.parametrize("retrieval_pass", ["inline", "two_pass"])
+def test_later_layers_that_change_are_noticed_when_the_first_ones_have_read(retrieval_pass: str) -> None:
+    tiny = livevlm.load("tiny", device="cpu", dtype=torch.float32)
+    (video,) = generate(16, seed=18)
+    config = Config(policy="full", retrieval="mean_key", block_size=8, retrieval_pass=retrieval_pass, max_new_tokens=3)
+    stock, ours = pair(tiny, config, video.frames)
+    stock._stop = ours._stop = frozenset()
+    text = video.questions(1, seed=1)[0].text
+    assert ours.ask(text) == stock.ask(text)
+    before = stock.ask(text)
+    last = tiny.model.model.language_model.layers[-1].mlp.down_proj
+    last.weight.data = last.weight.data * -3
+    assert stock.ask(text) != before
+    assert ours.ask(text) == stock.ask(text) and ours.stats().graphs == "on"
+    calls = []
+    handle = last.register_forward_hook(lambda *args: calls.append(1))
+    expected = stock.ask(text)
+    del calls[:]
+    assert ours.ask(text) == expected and len(calls) >= 3, "the hook was called"
+    assert ours.stats().graphs == "off: a Linear has hooks"
+    handle.remove()
+    assert ours.ask(text) == expected and ours.stats().graphs == "on"
+    assert ours.cache.memory.num_new_tokens == 0
 
 
 def test_a_failure_to_capture_is_told(tiny: livevlm.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

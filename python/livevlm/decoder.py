@@ -11,13 +11,14 @@ sees them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from livevlm.buffers import Buffers
 from livevlm.config import Config
+from livevlm.layers import Layers
 from livevlm.memory import Memory
 from livevlm.models import LlavaOnevisionAdapter
 from livevlm.retrieval import Retrieval
@@ -25,11 +26,24 @@ from livevlm_kernels import block_attention, row_products
 from livevlm_kernels.layer_steps import add_rms_norm, fill_table, silu_mul, store_tokens
 
 
+class State(NamedTuple):
+    """Rows on their way through the layers: what each layer has made of them is x + delta.
+
+    Attributes:
+        place: of the rows, as in `Buffers`; positions: int32 `[num_rows]`.
+    """
+
+    x: Tensor
+    delta: Tensor | None
+    place: Tensor
+    positions: Tensor
+
+
 class Decoder:
     """The passes of one memory.
 
     Args:
-        layers: the decoder layers, as `adapter.plain_layers` gives them.
+        layers: the decoder layers.
         angles: cosines and sines of all positions that passes may have.
         backend: of `block_attention`.
     """
@@ -37,7 +51,7 @@ class Decoder:
     def __init__(
         self,
         adapter: LlavaOnevisionAdapter,
-        layers: list[Any],
+        layers: Layers,
         memory: Memory,
         retrieval: Retrieval,
         config: Config,
@@ -48,19 +62,28 @@ class Decoder:
         self.adapter, self.layers = adapter, layers
         self.memory, self.retrieval, self.config = memory, retrieval, config
         self.buffers, self.angles, self.backend = buffers, angles, backend
-        self.plain = all_plain(layers)  # few rows are multiplied by kernels of our own
+        self.plain = all_plain(layers.all)  # few rows are multiplied by kernels of our own
         self.plain_head = row_products.is_plain(adapter.model.lm_head, bias=False)
         self.searched = retrieval.searched(memory) if config.retrieval != "none" else None
 
     @torch.no_grad()
-    def read_question(self, rows: int, *, retrieve: bool) -> None:
-        """Reads the first `rows` of `ids`; with `retrieve` their queries choose each layer's blocks."""
+    def begin_question(self, rows: int, *, retrieve: bool) -> State:
+        """Reads the first `rows` of `ids` through the first layers; with `retrieve` their queries choose each layer's
+        blocks."""
         buffers, memory = self.buffers, self.memory
         slots, positions = buffers.place[:1] + buffers.rows[:rows], buffers.place[2:3] + buffers.rows[:rows]
         memory.position.index_copy_(1, slots.long(), positions.expand(memory.shape.num_layers, -1))
         embeds = self.adapter.embed_rows(buffers.ids[:rows], buffers.after_video)
-        x, delta = self._layers(embeds, buffers.place, positions, retrieve, is_question=True)
-        last = buffers.place[3:4] - 1
+        state = State(embeds, None, buffers.place, positions)
+        return self._through(range(len(self.layers.first)), state, retrieve, is_question=True)
+
+    @torch.no_grad()
+    def finish_question(self, state: State, *, retrieve: bool) -> None:
+        """Reads on through the other layers."""
+        others = range(len(self.layers.first), len(self.layers.all))
+        x, delta, place, _ = self._through(others, state, retrieve, is_question=True)
+        assert delta is not None
+        last = place[3:4] - 1
         self._predict(x.index_select(0, last), delta.index_select(0, last))
 
     @torch.no_grad()
@@ -68,7 +91,9 @@ class Decoder:
         """Reads `token`, and moves on by one."""
         buffers = self.buffers
         embeds = self.adapter.embed_tokens(buffers.token)
-        x, delta = self._layers(embeds, buffers.step, buffers.step[2:3], False, is_question=False)
+        state = State(embeds, None, buffers.step, buffers.step[2:3])
+        x, delta, *_ = self._through(range(len(self.layers.all)), state, False, is_question=False)
+        assert delta is not None
         self._predict(x, delta)
         buffers.step[:3].add_(1)
 
@@ -78,20 +103,17 @@ class Decoder:
         head, logits = self.adapter.model.lm_head, self.adapter.logits
         self.buffers.logits.copy_(row_products.product(x, head.weight) if self.plain_head else logits(x))
 
-    def _layers(
-        self, x: Tensor, place: Tensor, positions: Tensor, retrieve: bool, is_question: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Input and output of the last layer's MLP: their sum is what the model has understood."""
-        delta = None
-        for index, layer in enumerate(self.layers):
+    def _through(self, indices: range, state: State, retrieve: bool, is_question: bool) -> State:
+        x, delta, place, positions = state
+        for index in indices:
+            layer = self.layers.all[index]
             norm = layer.input_layernorm
             x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
             delta = self._attention(index, layer.self_attn, normed, place, positions, retrieve, is_question)
             norm = layer.post_attention_layernorm
             x, normed = add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
             delta = self._mlp(layer.mlp, normed)
-        assert delta is not None
-        return x, delta
+        return State(x, delta, place, positions)
 
     def _attention(
         self,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,11 +41,15 @@ def answer_tokens(
     """Token ids of the answer, one by one, up to a stop token. The turn then holds what its evidence follows from."""
     cache.require_same_model()
     sampler = Sampler(options, cache.memory.shape.device)
+    answer = _way(cache, question, options.max_new_tokens)
+    return answer(cache, turn, question, sampler, options.max_new_tokens, stop)
+
+
+def _way(cache: LiveCache, question: Question, max_new_tokens: int) -> Callable[..., Iterator[int]]:
     kinds: list[Kind] = [(question.num_tokens, retrieves_inline(cache))]
     if question.text_ids is not None:
         kinds.append((question.text_ids.shape[0], True))
-    answer = _replayed if cache.replay.can_answer(kinds, options.max_new_tokens) else _eager
-    return answer(cache, turn, question, sampler, options.max_new_tokens, stop)
+    return _replayed if cache.replay.can_answer(kinds, max_new_tokens) else _eager
 
 
 def needs_two_passes(cache: LiveCache) -> bool:
@@ -128,11 +132,16 @@ def _replayed(
     if cache.retrieval.is_needed(memory):
         cache.retrieval.summaries(memory)
     memory.open(BUCKETS[-1] + max_new_tokens)
+    same = True
     if question.text_ids is not None:
-        replay.read_question(question.text_ids, start, position, after_video=False, retrieve=True)
+        same = replay.read_question(question.text_ids, start, position, after_video=False, retrieve=True)
     elif cache.config.retrieval_pass == "two_pass":
         buffers.read_everything()
-    replay.read_question(question.token_ids, start, position, after_video=True, retrieve=retrieves_inline(cache))
+    inline = retrieves_inline(cache)
+    if not (same and replay.read_question(question.token_ids, start, position, after_video=True, retrieve=inline)):
+        memory.end, turn.want_mass = start, want_mass  # the model is not what it was: from the beginning
+        yield from _way(cache, question, max_new_tokens)(cache, turn, question, sampler, max_new_tokens, stop)
+        return
     end = start + question.num_tokens
     memory.place_text(slice(end, memory.end), position + question.num_tokens)
     to_host = _ToHost(memory.shape.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from livevlm.attention import MOST_ANGLES
 from livevlm.buffers import BUCKETS, Buffers, Choice, Place
-from livevlm.decoder import Decoder
+from livevlm.decoder import Decoder, State
 from livevlm.errors import ModelError
 from livevlm.layers import Layers
 
@@ -53,7 +53,7 @@ class Replay:
         self._layers: Layers | None = None
         self._moved: tuple[Any, ...] = ()  # where everything was when the graphs were captured
         self._failed: str | None = None
-        self._graphs: dict[Kind, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Kind, list[torch.cuda.CUDAGraph]] = {}
         reason = self.refusal()
         self.said = "on" if reason is None else f"off: {reason}"
 
@@ -69,7 +69,7 @@ class Replay:
             return "attention='sdpa'"
         if self.capture and config.attention == "auto" and shape.dtype.itemsize > 2:
             return str(shape.dtype).removeprefix("torch.")  # attention="auto" does not read such a memory in place
-        if self._layers is None or not self._layers.unchanged():
+        if self._layers is None or not self._layers.first_unchanged():  # the rest: see `read_question`
             try:
                 self._layers = Layers(self.cache.adapter)
             except ModelError as error:
@@ -122,17 +122,27 @@ class Replay:
     # ---------------------------------------------------------------- passes
     def read_question(
         self, token_ids: Tensor, start: int, first_position: int, *, after_video: bool, retrieve: bool
-    ) -> None:
+    ) -> bool:
         """Reads token ids `[num_tokens]`, on the host, into slots from `start` on; `logits` are then of what follows.
+
+        The GPU begins while the host still makes sure that the later layers are what they were. If they are not, this
+        gives False, and nothing but slots behind `start` was written: ask `can_answer` again.
 
         Args:
             first_position: in the stream.
             after_video: the newline that ends a video is read before them.
             retrieve: they choose the blocks that are attended to.
         """
+        assert self._layers is not None
         rows = bucket_of(after_video + token_ids.shape[0])
         self._send(token_ids, after_video, start, first_position, rows)
-        self._run((rows, retrieve))
+        begin, finish = self._launches((rows, retrieve))
+        begin()
+        if not self._layers.rest_unchanged():
+            self._layers = None
+            return False
+        finish()
+        return True
 
     def _send(self, token_ids: Tensor, after_video: bool, start: int, first_position: int, rows: int) -> None:
         assert self.buffers is not None
@@ -151,18 +161,23 @@ class Replay:
 
     def read_token(self) -> None:
         """Reads `token`."""
-        self._run(TOKEN)
+        for launch in self._launches(TOKEN):
+            launch()
 
-    def _run(self, kind: Kind) -> None:
-        if self.capture:
-            self._graphs[kind].replay()
-        else:
-            self._pass(kind)()
+    def _launches(self, kind: Kind) -> list[Callable[[], None]]:
+        """Of a pass, one after the other."""
+        return [graph.replay for graph in self._graphs[kind]] if self.capture else self._parts(kind)
 
-    def _pass(self, kind: Kind) -> Callable[[], None]:
+    def _parts(self, kind: Kind) -> list[Callable[[], None]]:
         decoder, (rows, retrieve) = self._decoder, kind
+        between: list[State] = []
         assert decoder is not None
-        return decoder.read_token if kind == TOKEN else lambda: decoder.read_question(rows, retrieve=retrieve)
+        if kind == TOKEN:
+            return [decoder.read_token]
+        return [
+            lambda: between.append(decoder.begin_question(rows, retrieve=retrieve)),
+            lambda: decoder.finish_question(between.pop(), retrieve=retrieve),
+        ]
 
     # ---------------------------------------------------------------- capturing
     def _find(self, max_new_tokens: int) -> None:
@@ -188,29 +203,32 @@ class Replay:
             self.buffers = Buffers(shape, memory.num_slots // memory.block_size, vocab_size)
         backend = "auto" if cache.config.attention == "auto" else cache.config.attention
         self._decoder = Decoder(
-            adapter, self._layers.all, memory, cache.retrieval, cache.config, self.buffers, angles, backend
+            adapter, self._layers, memory, cache.retrieval, cache.config, self.buffers, angles, backend
         )
         self._moved = moved
 
     def _capture(self, kind: Kind) -> None:
         if not self.capture or kind in self._graphs:
             return
-        run, device = self._pass(kind), self.cache.memory.shape.device
+        parts, device = self._parts(kind), self.cache.memory.shape.device
         with capturing(device):
             # Numbers that any memory allows. What is written lies behind its end.
             self._send(torch.zeros(kind[0], dtype=torch.int64), False, self.cache.memory.end, 0, kind[0])
             side = capture_stream(device)
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels, and lets libraries set themselves up
-                run()
+                for run in parts:
+                    run()
             torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may go on using the GPU.
-            pool = self.cache.graph_pool
-            with torch.cuda.graph(graph, pool=pool.handle(), stream=side, capture_error_mode="thread_local"):
-                run()
-            pool.add(graph)
-            self._graphs[kind] = graph
+            self._graphs[kind] = [self._recorded(run, side) for run in parts]
+
+    def _recorded(self, run: Callable[[], None], side: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        graph, pool = torch.cuda.CUDAGraph(), self.cache.graph_pool
+        # Other threads may go on using the GPU.
+        with torch.cuda.graph(graph, pool=pool.handle(), stream=side, capture_error_mode="thread_local"):
+            run()
+        pool.add(graph)
+        return graph
 
 
 @contextmanager
