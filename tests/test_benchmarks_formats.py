@@ -224,6 +224,42 @@ def test_mlvu_reports_both_averages(lay: Callable[..., Path]) -> None:
     assert lines[0]["prefix"] == "Best option: (" and "(A) red" in lines[0]["prompt"]
 
 
+def test_mlvu_reads_the_rows_of_lmms_eval(lay: Callable[..., Path]) -> None:
+    """Options in the question's own lines, the answer a letter."""
+    row = {"video_name": "m.mp4", "duration": 12, "answer": "B", "task_type": "PQA"}
+    questions = ["a?\n(A) red\n(B) green\n(C) blue", "b?\n(A) red", "c?\n(A) red\n(B) green"]
+    rows = [{**row, "question": question} for question in questions]
+    data = lay("test.jsonl", [], "videos/m.mp4")
+    (data / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    script = Script(a="B", c="A")
+    result, lines = scripted("mlvu", data, script, control=False)
+    assert [(line["question"], line["options"]) for line in lines][0] == ("a?", ["red", "green", "blue"])
+    assert averages(result, "strict")["per question"] == 0.5 and "(B) green" in script.prompts["a"]
+    assert result["skipped"][0]["where"] == f"{data / 'test.jsonl'}:2"
+
+
+def test_mlvu_leaves_out_the_tasks_of_writing(tmp_path: Path) -> None:
+    for name in ("1_plotQA", "7_topic_reasoning", "8_sub_scene", "9_summary"):
+        write_json(tmp_path / f"json/{name}.json", [])
+    found = FORMATS["mlvu"].annotation_files(tmp_path)
+    assert [path.stem for path in found] == ["1_plotQA", "7_topic_reasoning"]
+
+
+def test_a_letter_is_a_letter_also_where_options_are_letters(lay: Callable[..., Path]) -> None:
+    """VideoMME's answer "A" is the first option, whatever the options say; MLVU's is the option that says so."""
+    which = {"question": "which?", "answer": "A"}
+    row = {"videoID": "v", "duration": "short", "options": ["A. D", "B. A", "C. B", "D. C"], **which}
+    found, _ = FORMATS["videomme"].read([lay("videomme.json", [row]) / "videomme.json"])
+    assert found[0].queries[0].answer == "A"
+    found, _ = FORMATS["mlvu"].read(
+        [lay("1_x.json", [{"video": "v", "candidates": ["D", "A", "3", "C"], **which}]) / "1_x.json"]
+    )
+    assert found[0].queries[0].answer == "B"
+    count = {"video": "v", "candidates": ["1", "2", "3", "4"], "question": "how many?", "answer": 3}
+    found, _ = FORMATS["mlvu"].read([lay("4_count.json", [count]) / "4_count.json"])
+    assert found[0].queries[0].answer == "C"  # an option's text, not an index
+
+
 OFFLINE = {
     "videomme": [
         {"videoID": "v", "question_id": f"00{i}-1", "duration": duration, "domain": "x", "sub_category": "y",

@@ -48,7 +48,7 @@ def _query(turn: dict[str, Any], entry: dict[str, Any], where: str) -> Query:
     return Query(
         "choice" if is_choice else "open",
         fields.text(turn, "question"),
-        fields.letter_of(answer, options) if is_choice else fields.text(turn, "answer"),
+        fields.letter_of_text(answer, options) if is_choice else fields.text(turn, "answer"),
         options,
         fields.number(turn, "end_time", default=None),
         task=task,

@@ -80,19 +80,29 @@ def options(entry: dict[str, Any], *names: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def letter_of(answer: Any, choices: Sequence[str]) -> str:
-    """The letter of an answer given as a letter, as "B. text", as the option's text, or as a number from 0."""
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer < len(choices):
-            raise Malformed(f"the answer is option {answer} of {len(choices)}, counted from 0")
-        return LETTERS[answer]
+def letter(answer: Any, choices: Sequence[str]) -> str:
+    """The letter of an answer given as a letter, alone or as "B. text"."""
+    match = re.fullmatch(r"\(?([A-N])\)?[.:]?(\s+.*)?", str(answer).strip(), re.DOTALL)
+    if match is None or LETTERS.index(match[1]) >= len(choices):
+        raise Malformed(f"the answer {answer!r} is none of the {len(choices)} options")
+    return match[1]
+
+
+def letter_of_text(answer: Any, choices: Sequence[str]) -> str:
+    """The letter of an answer given as an option's text, or else as `letter` takes it."""
     said = str(answer).strip()
     if said in choices:
         return LETTERS[list(choices).index(said)]  # of equal options the first, as ReKV does
-    match = re.fullmatch(r"\(?([A-N])\)?[.:]?(\s+.*)?", said, re.DOTALL)
-    if match is None or LETTERS.index(match[1]) >= len(choices):
-        raise Malformed(f"the answer {said!r} is none of the {len(choices)} options")
-    return match[1]
+    return letter(answer, choices)
+
+
+def letter_at(index: Any, choices: Sequence[str], name: str) -> str:
+    """The letter of an answer given as a number from 0."""
+    if isinstance(index, str) and index.isdigit():
+        index = int(index)
+    if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
+        raise Malformed(f"{name!r} is {index!r}, not the index of one of {len(choices)} options, counted from 0")
+    return LETTERS[index]
 
 
 def windows(entry: dict[str, Any], *names: str) -> tuple[tuple[float, float], ...]:

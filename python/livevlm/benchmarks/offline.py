@@ -9,7 +9,7 @@ from typing import Any
 
 from livevlm.benchmarks import conversations, fields
 from livevlm.benchmarks.format import Average, Format, ParseEntry, one_query
-from livevlm.benchmarks.schema import Malformed, Problem, Query, Video
+from livevlm.benchmarks.schema import Problem, Query, Video
 from livevlm.benchmarks.scoring import first_letter
 
 PER_QUESTION = (Average("per question", "questions"),)
@@ -32,7 +32,7 @@ def _videomme(entry: dict[str, Any], where: str) -> Sequence[Video]:
     query = Query(
         "choice",
         fields.text(entry, "question"),
-        fields.letter_of(fields.get(entry, "answer"), options),
+        fields.letter(fields.get(entry, "answer"), options),
         options,
         task=fields.text(entry, "task_type", default=""),
         group=fields.text(entry, "duration", default=""),
@@ -46,9 +46,7 @@ def _egoschema(entry: dict[str, Any], where: str) -> Sequence[Video]:
     video = fields.text(entry, "video_idx", "q_uid")
     options = fields.options(entry, "option")
     answer: Any = fields.get(entry, "answer", default="")
-    if isinstance(answer, str) and answer.isdigit():
-        answer = int(answer)
-    gold = "" if answer == "" else fields.letter_of(answer, options)  # the full set's answers are not public
+    gold = "" if answer == "" else fields.letter_at(answer, options, "answer")  # the full set's are not public
     query = Query("choice", fields.text(entry, "question"), gold, options, name=video, where=where)
     return one_query(video, (video,), query)
 
@@ -60,13 +58,10 @@ def _longvideobench(entry: dict[str, Any], where: str) -> Sequence[Video]:
     else:
         numbered = [entry.get(f"option{i}") for i in range(5)]
         options = fields.options({"option0..4": [text for text in numbered if text not in (None, "N/A")]}, "option0..4")
-    gold = fields.get(entry, "correct_choice")
-    if isinstance(gold, bool) or not isinstance(gold, int):
-        raise Malformed(f"'correct_choice' is {gold!r}, not the index of an option")
     query = Query(
         "choice",
         fields.text(entry, "question"),
-        fields.letter_of(gold, options),
+        fields.letter_at(fields.get(entry, "correct_choice"), options, "correct_choice"),
         options,
         task=fields.text(entry, "question_category", default=""),
         group=fields.text(entry, "duration_group", default=""),
@@ -83,7 +78,7 @@ def _cgbench(entry: dict[str, Any], where: str) -> Sequence[Video]:
     query = Query(
         "choice",
         fields.text(entry, "question"),
-        fields.letter_of(fields.get(entry, "right_answer", "answer"), options),
+        fields.letter(fields.get(entry, "right_answer"), options),
         options,
         task=fields.text(entry, "sub_category", default=""),
         group=fields.text(entry, "domain", default=""),

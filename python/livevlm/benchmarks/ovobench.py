@@ -12,7 +12,7 @@ from typing import Any
 from livevlm.benchmarks import conversations, fields
 from livevlm.benchmarks.format import Average, Format
 from livevlm.benchmarks.prompts import LETTER_ONLY_ONE_LINE
-from livevlm.benchmarks.schema import LETTERS, Malformed, Problem, Query, Video
+from livevlm.benchmarks.schema import Malformed, Problem, Query, Video
 from livevlm.benchmarks.scoring import letter_inside
 
 GROUPS = {
@@ -40,12 +40,10 @@ def parse(value: Any, where: str, path: Path, problems: list[Problem]) -> Sequen
     common: dict[str, Any] = {"task": task, "group": GROUP_OF[task], "where": where}
     if GROUP_OF[task] != "forward":
         options = fields.options(entry, "options")
-        gold = fields.get(entry, "gt")
-        if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(options):
-            raise Malformed(f"'gt' is {gold!r}, not the index of one of {len(options)} options")
+        gold = fields.letter_at(fields.get(entry, "gt"), options, "gt")
         time = math.ceil(fields.number(entry, "realtime"))
         question = fields.text(entry, "question")
-        query = Query("choice", question, LETTERS[gold], options, time, name=name, **common)
+        query = Query("choice", question, gold, options, time, name=name, **common)
         return [Video(PurePosixPath(file).stem, _files(file, name), (query,), where)]
     videos = []
     for index, item in enumerate(fields.items(entry, "test_info")):
@@ -67,6 +65,8 @@ def _forward(entry: dict[str, Any], test: dict[str, Any], *, task: str, **common
     time = math.ceil(fields.number(test, "realtime"))
     if task == "REC":
         count = fields.number(test, "count")
+        if count != int(count):
+            raise Malformed(f"'count' is {count!r}, not a whole number")
         text = (
             "People in this video may do the same thing several times. Count how often it has been done so far, by "
             f"anybody; each complete motion is one. How many times did they {fields.text(entry, 'activity')}? "

@@ -58,7 +58,7 @@ def _query(item: dict[str, Any], group: str, where: str) -> Query:
         output = fields.text(item, "ground_truth_output")
         return Query("proactive", question, output, task=task, group=group, polls=polls, truth_time=truth, where=where)
     options = fields.options(item, "options")
-    answer = fields.letter_of(fields.get(item, "answer"), options)
+    answer = fields.letter(fields.get(item, "answer"), options)
     return Query("choice", question, answer, options, asked, task=task, group=group, where=where)
 
 
