@@ -18,6 +18,7 @@ import livevlm
 from livevlm import Answer, Evidence
 from livevlm.benchmarks.judge import Judge
 from livevlm.benchmarks.plan import Plan
+from livevlm.benchmarks.prompts import Prompts
 from livevlm.benchmarks.registry import FORMATS
 from livevlm.benchmarks.run import run as evaluate
 from livevlm.benchmarks.schema import Problem
@@ -127,7 +128,7 @@ def scripted(
     form, tiny = FORMATS[name], livevlm.load("tiny", device="cpu")
     plan = Plan(
         form, "scripted", lambda count: tiny.config, {}, tuple(form.annotation_files(data)), (data,), data / "out",
-        form.prompt, dict(form.max_new_tokens), **{"fps": 1.0, **changes},
+        Prompts(form.prompt), dict(form.max_new_tokens), **{"fps": 1.0, **changes},
     )  # fmt: skip
     make: Any = lambda config: Scripted(tiny.processor, reply)  # noqa: E731
     assert evaluate(plan, tiny, judge, Shard(), Silent(), new_stream=make)

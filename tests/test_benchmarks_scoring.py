@@ -45,7 +45,24 @@ def test_yes_or_no(reply: str, word: str | None) -> None:
 def test_official_rules_are_lenient_where_they_are() -> None:
     a = Query("choice", "?", "A", OPTIONS)
     assert scoring.letter_inside("It is All wrong", a) and not scoring.is_right("It is All wrong", a)
-    assert scoring.first_character("A man walks", a) and scoring.first_character("(A) x", a)
+    assert scoring.first_character("A man walks", a) and not scoring.first_character("(A) x", a)
+    for reply, right in (
+        ("A) red", 1),
+        ("(A)", 1),
+        ("B or A)", 1),
+        ("A", 1),
+        (")", 0),
+        ("", 0),
+        ("B (A)", 1),
+        ("B A", 0),
+    ):
+        assert scoring.before_bracket(reply, a) == bool(right), reply
+    for reply, right in (("A", 1), ("A.", 1), ("A man.", 1), ("A. A man", 1), ("A man walks", 0), ("(A)", 0), ("", 0)):
+        assert scoring.whole_option(reply, a) == bool(right), reply
+    rekv = Query("choice", "?", "A", OPTIONS, form="rekv")
+    assert scoring.official("B (A)", rekv, scoring.first_letter) and not scoring.official(
+        "B (A)", a, scoring.first_letter
+    )
     assert not scoring.first_character("The answer is A", a) and scoring.is_right("The answer is A", a)
     assert scoring.first_letter("The answer is A", a) and not scoring.first_letter("Both", a)
     count = Query("count", "?", "12")

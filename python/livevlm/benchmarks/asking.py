@@ -13,7 +13,7 @@ from torch import Tensor
 
 from livevlm.answer import Answer
 from livevlm.benchmarks import scoring
-from livevlm.benchmarks.prompts import OUTPUT, POLL, Prompt, written
+from livevlm.benchmarks.prompts import OUTPUT, POLL, Prompts, written
 from livevlm.benchmarks.schema import Query
 from livevlm.benchmarks.scoring import Official, find_yes_no
 from livevlm.processing import Processor
@@ -44,13 +44,14 @@ class AskedProcessor(Processor):
 
 @dataclass(frozen=True)
 class Asker:
-    prompt: Prompt
+    prompts: Prompts
     max_new_tokens: Mapping[str, int]
     choice: Official
 
     def ask(self, stream: Stream, query: Query) -> dict[str, Any]:
         """All kinds but "proactive": the reply, whether it is right, and how long it took."""
-        prompt, prefix = written(query, self.prompt), self.prompt.prefix if query.kind == "choice" else ""
+        form = self.prompts.of(query)
+        prompt, prefix = written(query, form), form.prefix if query.kind == "choice" else ""
         answer = self._put(stream, query, prompt, prefix)
         return {
             "prompt": prompt,

@@ -21,6 +21,8 @@ def parse(value: Any, where: str, problems: list[Problem]) -> Video:
     used is added to `problems`; the others stay.
     """
     entry = fields.as_object(value)
+    if entry.get("clip") is not None:
+        raise Malformed("'clip' is not supported: cut the video, and take its start off the times")
     path = fields.text(entry, "video_path", "video_id")
     start = fields.number(entry, "clip_start_time", default=None)
     end = fields.number(entry, "clip_end_time", default=None)
@@ -37,18 +39,18 @@ def parse(value: Any, where: str, problems: list[Problem]) -> Video:
         where,
         duration=fields.number(entry, "duration", default=None),
         clip=None if start is None or end is None else (start, end),
+        stored_fps=fields.number(entry, "fps", default=None) or None,
     )
 
 
 def _query(turn: dict[str, Any], entry: dict[str, Any], where: str) -> Query:
     is_choice = any(turn.get(name) is not None for name in ("choices", "options", "candidates"))
     options = fields.options(turn, "choices", "options", "candidates") if is_choice else ()
-    answer = fields.get(turn, "answer")
     task = fields.text({**entry, **turn}, "task", "question_type", "task_type", default="")
     return Query(
         "choice" if is_choice else "open",
         fields.text(turn, "question"),
-        fields.letter_of_text(answer, options) if is_choice else fields.text(turn, "answer"),
+        _gold(turn, options),
         options,
         fields.number(turn, "end_time", default=None),
         task=task,
@@ -56,4 +58,12 @@ def _query(turn: dict[str, Any], entry: dict[str, Any], where: str) -> Query:
         name=fields.text(turn, "question_id", "qid", default=""),
         windows=fields.windows(turn, "temporal_windows"),
         where=where,
+        form="rekv",
     )
+
+
+def _gold(turn: dict[str, Any], options: tuple[str, ...]) -> str:
+    """Null is an answer that is not public, as in EgoSchema's full set."""
+    if "answer" in turn and turn["answer"] is None:
+        return ""
+    return fields.letter_of_text(fields.get(turn, "answer"), options) if options else fields.text(turn, "answer")

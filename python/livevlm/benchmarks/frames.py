@@ -43,7 +43,7 @@ def opened(path: Path, video: Video, *, fps: float, stored_fps: float) -> Iterat
     if path.suffix == ".npy":
         yield _stored(*_stack(path), path, video, fps, stored_fps)
     elif path.is_dir():
-        yield _stored(*_folder(path), path, video, fps, stored_fps)
+        yield _stored(*_folder(path), path, video, fps, video.stored_fps or stored_fps)
     else:
         with open_video(path, fps=fps) as reader:
             yield Source(reader, reader.num_frames_estimate, reader.duration)

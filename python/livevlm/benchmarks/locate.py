@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from livevlm.benchmarks.schema import Problem, Query, Video
 
 GENERIC = ("video",)  # names that every folder has one of: never looked for alone
-SUFFIXES = ("", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".npy")
+SUFFIXES = ("", ".mp4", ".MP4", ".mkv", ".webm", ".avi", ".mov", ".npy")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from livevlm.benchmarks import conversations, fields
 from livevlm.benchmarks.format import Average, Format, one_query
 from livevlm.benchmarks.schema import Malformed, Problem, Query, Video
+from livevlm.benchmarks.scoring import before_bracket
 
 
 def parse(value: Any, where: str, path: Path, problems: list[Problem]) -> Sequence[Video]:
@@ -52,6 +53,7 @@ MLVU = Format(
         *(f"{folder}dev_debug_mc.json" for folder in ("", "*/")),
         *(f"{folder}test*.jsonl" for folder in ("", "*/")),
     ),
+    choice=before_bracket,
     averages=(
         Average("M-Avg (mean of tasks)", "tasks"),
         Average("per question", "questions"),

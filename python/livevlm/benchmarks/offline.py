@@ -10,7 +10,7 @@ from typing import Any
 from livevlm.benchmarks import conversations, fields
 from livevlm.benchmarks.format import Average, Format, ParseEntry, one_query
 from livevlm.benchmarks.schema import Problem, Query, Video
-from livevlm.benchmarks.scoring import first_letter
+from livevlm.benchmarks.scoring import first_letter, whole_option
 
 PER_QUESTION = (Average("per question", "questions"),)
 
@@ -104,7 +104,7 @@ EGOSCHEMA = Format(
     files=("egoschema*.json*", "*/egoschema*.json*", "test*.jsonl", "*/test*.jsonl", "questions.json"),
     averages=PER_QUESTION,
     folders=("", "videos", "good_clips_git", "data/videos"),
-    choice=first_letter,
+    choice=whole_option,
 )
 LONGVIDEOBENCH = Format(
     "longvideobench",

@@ -10,7 +10,7 @@ from typing import Any
 
 from livevlm.benchmarks.format import Format
 from livevlm.benchmarks.locate import Work, gather
-from livevlm.benchmarks.prompts import Prompt
+from livevlm.benchmarks.prompts import Prompts
 from livevlm.benchmarks.schema import Problem, Query
 from livevlm.config import Config
 from livevlm.errors import ConfigError
@@ -38,7 +38,7 @@ class Plan:
     files: tuple[Path, ...]
     videos: tuple[Path, ...]
     out: Path
-    prompt: Prompt
+    prompts: Prompts
     max_new_tokens: dict[str, int]
     fps: float
     stored_fps: float = 1.0
@@ -56,7 +56,7 @@ class Plan:
             "fps": self.fps,
             "stored_fps": self.stored_fps,
             "context": self.context,
-            "prompt": asdict(self.prompt),
+            "prompts": asdict(self.prompts),
             "max_new_tokens": dict(self.max_new_tokens),
             "judge": judge,
         }

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from livevlm.benchmarks.schema import LETTERS, Query
 
@@ -39,6 +39,29 @@ LETTER_ONLY_ONE_LINE = Prompt(
     "Question: {question}\nOptions: {options};\nReply with your option's letter (such as A, B, C) and nothing else.",
     between="; ",
 )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How multiple choice is put: in the benchmark's own form, and where its file is in that of ReKV and HERMES."""
+
+    official: Prompt
+    rekv: Prompt = BEST_OPTION
+
+    def of(self, query: Query) -> Prompt:
+        return self.rekv if query.form == "rekv" else self.official
+
+    def changed(self, template: str | None, prefix: str | None) -> Prompts:
+        """With a text or a beginning of the answer that was asked for; a new text brings no beginning of its own."""
+
+        def one(prompt: Prompt) -> Prompt:
+            if template is not None:
+                prompt = replace(prompt, template=template, prefix="")
+            return prompt if prefix is None else replace(prompt, prefix=prefix)
+
+        return Prompts(one(self.official), one(self.rekv))
+
+
 POLL = "{question}\nIs it the right time now to answer? Reply only with yes or no."
 OUTPUT = "{question}\nIt is the right time now. Reply with the required output and nothing else."
 

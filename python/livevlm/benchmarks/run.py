@@ -108,7 +108,7 @@ class _Runner:
                 if not wanted:
                     return
                 self.progress.video(work.id, source.num_frames)
-                asker = Asker(plan.prompt, plan.max_new_tokens, plan.form.choice)
+                asker = Asker(plan.prompts, plan.max_new_tokens, plan.form.choice)
                 one = Pass(
                     [Viewer(role, configs[role], self.make, plan.context) for role in _roles(wanted, configs)],
                     work.queries,

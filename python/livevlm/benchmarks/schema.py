@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Kind = Literal["choice", "open", "count", "yesno", "proactive"]
+Form = Literal["official", "rekv"]
 LETTERS = "ABCDEFGHIJKLMN"  # CG-Bench has up to 14 options
 
 
@@ -38,6 +39,7 @@ class Query:
         windows: seconds from and to which the evidence lies, where the benchmark says so.
         polls: times at which a "proactive" question asks whether its moment has come; `answer` is what is to be said
             then, and `truth_time` when.
+        form: whose prompt and whose rule of scoring a "choice" has: the benchmark's, or those of ReKV and HERMES.
     """
 
     kind: Kind
@@ -53,6 +55,7 @@ class Query:
     polls: tuple[float, ...] = ()
     truth_time: float | None = None
     where: str = ""
+    form: Form = "official"
 
     @property
     def times(self) -> tuple[float | None, ...]:
@@ -74,6 +77,7 @@ class Video:
         files: names under which it may lie below the user's folders, likeliest first.
         duration: seconds, if the file says so.
         clip: seconds of the movie from and to which a clip was cut (RVS-Movie).
+        stored_fps: frames a second at which a folder of pictures was taken, if the file says so.
     """
 
     id: str
@@ -82,3 +86,4 @@ class Video:
     where: str
     duration: float | None = None
     clip: tuple[float, float] | None = None
+    stored_fps: float | None = None

@@ -72,8 +72,15 @@ def plain(text: str) -> str:
 
 # ---------------------------------------------------------------- as the benchmarks' scripts decide
 def first_character(reply: str, query: Query) -> bool:
-    """The reply begins with the letter (after an opening bracket)."""
-    return reply.strip().lstrip("(").startswith(query.answer)
+    """The reply begins with the letter."""
+    return reply.startswith(query.answer)
+
+
+def before_bracket(reply: str, query: Query) -> bool:
+    """The character before the first closing bracket, or else the first one: ReKV's, HERMES' and MLVU's rule."""
+    said = reply.strip()
+    index = max(said.find(")") - 1, 0)
+    return said[index : index + 1] == query.answer
 
 
 def letter_inside(reply: str, query: Query) -> bool:
@@ -85,6 +92,14 @@ def first_letter(reply: str, query: Query) -> bool:
     """The first capital that is an option's letter, inside of words too."""
     match = re.search(rf"[{LETTERS[: len(query.options)]}]", reply)
     return match is not None and match[0] == query.answer
+
+
+def whole_option(reply: str, query: Query) -> bool:
+    """The reply is an option: its letter, its text, or both, with or without a full stop behind it."""
+    options = dict(zip(LETTERS, query.options, strict=False))
+    said = reply.strip().removesuffix(".")
+    named = [a for a, text in options.items() if said in (a, text.removesuffix("."), f"{a}. {text.removesuffix('.')}")]
+    return named[:1] == [query.answer]
 
 
 def joined_digits(reply: str, query: Query) -> bool:
@@ -101,6 +116,7 @@ def official(reply: str, query: Query, choice: Official) -> bool | None:
     """None: there is no official rule without a judge, or no answer in the file."""
     if not query.answer or query.kind in ("open", "proactive"):
         return None
+    choice = before_bracket if query.form == "rekv" else choice
     rule = {"choice": choice, "count": joined_digits, "yesno": yes_no_inside}[query.kind]
     return rule(reply, query)
 

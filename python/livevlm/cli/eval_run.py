@@ -19,6 +19,7 @@ from rich.progress import Progress as Bars
 
 from livevlm.benchmarks.judge import JudgeChoice
 from livevlm.benchmarks.plan import Plan
+from livevlm.benchmarks.prompts import Prompts
 from livevlm.benchmarks.registry import FORMATS
 from livevlm.benchmarks.run import run
 from livevlm.benchmarks.schema import Problem
@@ -61,13 +62,9 @@ def evaluate_benchmark(
     form, shard = FORMATS[benchmark], Shard.from_environment()
     choice = JudgeChoice(judge_url, judge_model, judge_key).checked()
     files = annotations or tuple(form.annotation_files(data))
-    prompt = form.prompt
-    if template is not None:
-        if "{question}" not in template:
-            raise ConfigError(f"--template {template!r} must hold {{question}}")
-        prompt = dataclasses.replace(prompt, template=template, prefix="")
-    if prefix is not None:
-        prompt = dataclasses.replace(prompt, prefix=prefix)
+    if template is not None and "{question}" not in template:
+        raise ConfigError(f"--template {template!r} must hold {{question}}")
+    prompts = Prompts(form.prompt).changed(template, prefix)
     longest = {kind: max_new_tokens or count for kind, count in form.max_new_tokens.items()}
     checkpoint = load_quietly(name, _device_of(device, shard))
     overrides = {"policy": policy, "retrieval": retrieval}
@@ -82,7 +79,7 @@ def evaluate_benchmark(
         files,
         (*videos, data),
         out,
-        prompt,
+        prompts,
         longest,
         fps=fps or form.fps,
         stored_fps=stored_fps,
