@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotation files, JSON or JSON lines, entry by entry, with the line at which each begins."""
+"""Annotation files, JSON, JSON lines or CSV, entry by entry, with the line at which each begins."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ class Entry(NamedTuple):
 
 
 def read_entries(path: Path) -> Iterator[Entry | Problem]:
-    """Entries of a JSON list, or of a file with one JSON value a line.
+    """Entries of a JSON list, of a file with one JSON value a line, or of a table whose first line names its columns.
 
     A line that is no JSON is one problem. In a list nothing after broken JSON can be read: that is one problem too.
 
@@ -32,7 +34,9 @@ def read_entries(path: Path) -> Iterator[Entry | Problem]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     start = _skip(text, 0, SPACE)
-    if path.suffix == ".jsonl" or text[start : start + 1] == "{":
+    if path.suffix == ".csv":
+        yield from _rows(path, text)
+    elif path.suffix == ".jsonl" or text[start : start + 1] == "{":
         yield from _lines(path, text)
     elif text[start : start + 1] == "[":
         yield from _list(path, text, start + 1)
@@ -48,6 +52,26 @@ def _lines(path: Path, text: str) -> Iterator[Entry | Problem]:
                 yield Entry(json.loads(line), where)
             except json.JSONDecodeError as error:
                 yield Problem(where, f"not valid JSON: {error.msg}")
+
+
+def _rows(path: Path, text: str) -> Iterator[Entry | Problem]:
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    names: list[str] = []
+    while True:
+        where = f"{path}:{rows.line_num + 1}"  # where the row begins: it may go over several lines
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield Problem(where, f"not valid CSV ({error}); nothing from here on was read")
+            return
+        if row is None:
+            return
+        if not names:
+            names = row
+        elif len(row) == len(names):
+            yield Entry(dict(zip(names, row, strict=True)), where)
+        elif row:
+            yield Problem(where, f"{len(row)} fields; the first line names {len(names)}")
 
 
 def _list(path: Path, text: str, at: int) -> Iterator[Entry | Problem]:

@@ -15,7 +15,7 @@ from livevlm.answer import Answer
 from livevlm.benchmarks import scoring
 from livevlm.benchmarks.prompts import OUTPUT, POLL, Prompts, written
 from livevlm.benchmarks.schema import Query
-from livevlm.benchmarks.scoring import Official, find_yes_no
+from livevlm.benchmarks.scoring import Official
 from livevlm.processing import Processor
 from livevlm.stream import Stream
 
@@ -63,10 +63,10 @@ class Asker:
         }
 
     def poll(self, stream: Stream, query: Query) -> dict[str, Any]:
-        """Whether the moment of a "proactive" question has come: "yes", "no" or None for another reply."""
-        prompt = POLL.replace("{question}", query.text)
+        """Whether a "proactive" question's moment has come: any "yes" in the reply says so, as in the benchmark."""
+        prompt = POLL.replace("{output}", query.answer).replace("{question}", query.text)
         answer = self._put(stream, query, prompt, "")
-        return {"prompt": prompt, "poll_reply": str(answer), "says": find_yes_no(answer), **told(answer)}
+        return {"prompt": prompt, "poll_reply": str(answer), "comes": "yes" in answer.lower(), **told(answer)}
 
     def output(self, stream: Stream, query: Query) -> dict[str, Any]:
         """What a "proactive" question wanted to be told."""

@@ -43,6 +43,7 @@ class Format:
         fps: frames a second that the field looks at.
         choice: the benchmark's own rule for multiple choice.
         group_over: whether a group's accuracy is the mean of its questions or of its tasks.
+        finish: the videos of all files -> the same, where questions depend on others'.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Format:
     prompt: Prompt = BEST_OPTION
     choice: Official = first_character
     group_over: Literal["questions", "tasks"] = "questions"
+    finish: Callable[[list[Video]], list[Video]] = lambda videos: videos
     max_new_tokens: Mapping[str, int] = field(
         default_factory=lambda: {"choice": 16, "count": 16, "yesno": 16, "open": 256, "proactive": 64}
     )
@@ -81,7 +83,7 @@ class Format:
                     videos += self._parsed(entry, path, problems)
                 except Malformed as error:
                     problems.append(Problem(entry.where, str(error)))
-        return videos, problems
+        return self.finish(videos), problems
 
     def _parsed(self, entry: Entry, path: Path, problems: list[Problem]) -> Sequence[Video]:
         return self.parse(entry.value, entry.where, path, problems)

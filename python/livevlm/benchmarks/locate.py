@@ -48,7 +48,7 @@ def find(video: Video, roots: Sequence[Path], folders: Sequence[str]) -> Path | 
 
 
 def gather(videos: Sequence[Video], roots: Sequence[Path], folders: Sequence[str]) -> tuple[list[Work], list[Problem]]:
-    """Videos with their questions, each video once; and those that are missing."""
+    """Videos with their questions, each video once; and those that are missing, or are taken for each other."""
     works: dict[Path, Work] = {}
     missing: list[Problem] = []
     seen: set[str] = set()
@@ -61,6 +61,10 @@ def gather(videos: Sequence[Video], roots: Sequence[Path], folders: Sequence[str
             missing.append(Problem(video.where, f"video {video.files[0]} was not found below {looked}"))
             continue
         work = works.setdefault(path, Work(video.id, path, {}, video))
+        if work.video.files[0] != video.files[0]:  # found by the end of its name alone
+            other = f"which {work.video.where} calls {work.video.files[0]}"
+            missing.append(Problem(video.where, f"video {video.files[0]} was found only as {path}, {other}"))
+            continue
         for query in video.queries:
             for key in _keys(f"{video.id}/{query.key}"):
                 if key not in seen:  # a benchmark may ask the same twice

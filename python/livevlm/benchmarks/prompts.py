@@ -62,7 +62,7 @@ class Prompts:
         return Prompts(one(self.official), one(self.rekv))
 
 
-POLL = "{question}\nIs it the right time now to answer? Reply only with yes or no."
+POLL = '{question}\nIs it the right time now to output "{output}"? Reply only with yes or no.'
 OUTPUT = "{question}\nIt is the right time now. Reply with the required output and nothing else."
 
 

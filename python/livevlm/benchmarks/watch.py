@@ -106,12 +106,12 @@ class Pass:
         seen = stream.stats().num_frames, stream.stats().seconds
         if state.get("seen") != seen:  # else nothing is new: it would say the same
             state.update(self.asker.poll(stream, query), seen=seen, polls=state.get("polls", 0) + 1)
-        comes = state["says"] == "yes"
+        comes = state["comes"]
         if not comes and moment != query.polls[-1]:
             return None
         reply = self.asker.output(stream, query) if comes else {**state, "reply": ""}
         said_at = moment if comes else None
         strict, official = scoring.proactive(reply["reply"], said_at, query)
         extra = {"said_at": said_at, "num_polls": state["polls"], "poll_reply": state["poll_reply"]}
-        kept = {name: value for name, value in reply.items() if name not in ("says", "seen", "polls")}
+        kept = {name: value for name, value in reply.items() if name not in ("comes", "seen", "polls")}
         return {**kept, **extra, "prefix": "", "strict": strict, "official": official}
