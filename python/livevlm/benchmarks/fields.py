@@ -109,9 +109,12 @@ def windows(entry: dict[str, Any], *names: str) -> tuple[tuple[float, float], ..
     """Pairs of seconds; none if the field is not there."""
     found = get(entry, *names, default=[])
     try:
-        return tuple((float(start), float(end)) for start, end in found)
+        pairs = tuple((float(start), float(end)) for start, end in found)
     except (TypeError, ValueError):
-        raise Malformed(f"{names[0]!r} is not a list of pairs of seconds") from None
+        pairs = ((math.nan, math.nan),)
+    if not all(0 <= start <= end < math.inf for start, end in pairs):
+        raise Malformed(f"{names[0]!r} is {found!r}, not a list of pairs of seconds, from and to")
+    return pairs
 
 
 def _kind(value: Any) -> str:

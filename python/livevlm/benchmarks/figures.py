@@ -78,6 +78,7 @@ def figures(answers: Answers, form: Format) -> dict[str, Any]:
         "num_undecided": undecided(answers),
         "num_past_end": sum(bool(answer["past_end"]) for answer in answers),
         "evidence_found": evidence_found(answers),
+        "evidence_inside": evidence_inside(answers),
         "ttft_ms": _median(answers, "ttft_ms"),
         "ms_per_token": _median(answers, "ms_per_token"),
         "num_video_tokens": max((answer["num_video_tokens"] for answer in answers), default=None),
@@ -88,12 +89,21 @@ def figures(answers: Answers, form: Format) -> dict[str, Any]:
 
 def evidence_found(answers: Answers) -> float | None:
     """Of the questions whose evidence is known: the share where a frame that the answer rests on lies in it."""
-    found = [
-        any(start <= time <= end for time in answer["evidence"] for start, end in answer["windows"])
+    return mean([float(any(hits)) for hits in _hits(answers)])
+
+
+def evidence_inside(answers: Answers) -> float | None:
+    """Of the frames that those answers rest on: the share that lies in the evidence."""
+    return mean([float(hit) for hits in _hits(answers) for hit in hits])
+
+
+def _hits(answers: Answers) -> list[list[bool]]:
+    """For each question whose evidence is known: which of its answer's frames lie in it."""
+    return [
+        [any(start <= time <= end for start, end in answer["windows"]) for time in answer["evidence"]]
         for answer in answers
         if answer.get("windows")
     ]
-    return sum(found) / len(found) if found else None
 
 
 def undecided(answers: Answers) -> int | None:

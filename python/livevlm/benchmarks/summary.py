@@ -94,6 +94,7 @@ def markdown(result: dict[str, Any], form: Format) -> str:
         ("answers that the judge did not decide", "num_undecided", str),
         ("questions asked past the video's end", "num_past_end", str),
         ("evidence found", "evidence_found", _percent),
+        ("frames looked up inside of the evidence", "evidence_inside", _percent),
         ("TTFT, ms, median", "ttft_ms", _number),
         ("ms per further token, median", "ms_per_token", _number),
         ("video tokens held, most", "num_video_tokens", str),
