@@ -127,8 +127,9 @@ def scripted(
     """Summary and answers of a benchmark whose questions are answered by `reply`, both by method and control."""
     form, tiny = FORMATS[name], livevlm.load("tiny", device="cpu")
     plan = Plan(
-        form, "scripted", lambda count: tiny.config, {}, tuple(form.annotation_files(data)), (data,), data / "out",
-        Prompts(form.prompt), dict(form.max_new_tokens), **{"fps": 1.0, **changes},
+        form, "scripted", settings={}, videos=(data,), out=data / "out",
+        prompts=Prompts(form.prompt), max_new_tokens=dict(form.max_new_tokens),
+        **{"config_for": lambda count: tiny.config, "fps": 1.0, "files": tuple(form.annotation_files(data)), **changes},
     )  # fmt: skip
     make: Any = lambda config: Scripted(tiny.processor, reply)  # noqa: E731
     assert evaluate(plan, tiny, judge, Shard(), Silent(), new_stream=make)

@@ -15,6 +15,7 @@ from eval_kit import Silent, scripted, videos, write_folder, write_json, write_m
 from livevlm.benchmarks.registry import FORMATS
 from livevlm.benchmarks.schema import Problem
 from livevlm.cli.eval import TITLES
+from livevlm.config import Config
 from livevlm.errors import ConfigError
 
 OPTIONS = ["red", "green", "blue", "white"]
@@ -443,7 +444,23 @@ def test_a_video_that_breaks_off(tmp_path: Path) -> None:
     write_json(tmp_path / "ego4d_oe.json", [rvs_entry("cut.mp4", [3, 60]), rvs_entry("whole.npy", [5])])
     result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", control=False)
     assert [(line["video"], line["seen_seconds"]) for line in lines] == [("cut", 3), ("whole", 5)]
-    assert "broke off" in result["skipped"][0]["what"] and result["num_queries"] == 3
+    skipped = result["skipped"][0]["what"]
+    assert "broke off" in skipped and "(1 question unanswered)" in skipped and result["num_queries"] == 3
+
+
+def test_a_share_of_an_unknown_length(tmp_path: Path) -> None:
+    """Only this video cannot be watched."""
+    write_npy(tmp_path / "a.npy", videos(1, SECONDS)[0])
+    write_npy(tmp_path / "b.npy", videos(1, 2 * SECONDS)[0])
+    write_json(tmp_path / "ego4d_oe.json", [rvs_entry("a.npy", [3, 5]), rvs_entry("b.npy", [5])])
+
+    def config_for(count: int) -> Config:
+        if count == SECONDS:
+            raise ConfigError("budget '25%' is a share of a length that is not known here")
+        return Config(policy="full")
+
+    result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", control=False, config_for=config_for)
+    assert len(lines) == 1 and "not known here (2 questions unanswered)" in result["skipped"][0]["what"]
 
 
 def test_chosen_tasks_and_parts(lay: Callable[..., Path]) -> None:
@@ -468,11 +485,12 @@ def test_malformed_entries_are_named_and_skipped(lay: Callable[..., Path]) -> No
     bad: list[tuple[Any, str]] = [
         ({**good, "question": ""}, "'question' is empty"),
         ({**good, "options": "red"}, "'options' is a text, not a list"),
+        ({**good, "options": ["red", ["green"]]}, "'options' holds a list, not a text"),
         ({**good, "answer": "E"}, "the answer 'E' is none of the 4 options"),
         ({key: value for key, value in good.items() if key != "videoID"}, "'videoID' is missing"),
         ("text", "the entry is a text, not an object"),
         ({**good, "videoID": "gone"}, "video gone was not found"),
-        ({**good, "videoID": "empty"}, "empty.mp4: the file is empty"),
+        ({**good, "videoID": "empty"}, "empty.mp4: the file is empty (1 question unanswered)"),
         ({**good, "question": "what is <video>?"}, "a marker of the model"),
     ]
     lines = ["[", json.dumps(good) + ","]
@@ -506,6 +524,28 @@ def test_malformed_questions_leave_the_others(lay: Callable[..., Path]) -> None:
         "question 2: 'time_stamp' is 'soon', not a time as HH:MM:SS",
         "question 3: 'options' has 1 options; allowed: 2 to 14",
     ]
+
+
+def test_what_stands_behind_a_list_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "videomme.json"
+    path.write_text(json.dumps(OFFLINE["videomme"][:1]) + "\n\n" + json.dumps(OFFLINE["videomme"][1:]))
+    found, problems = FORMATS["videomme"].read([path])
+    assert len(found) == 1 and problems == [Problem(f"{path}:3", "not read: it stands behind the list's end")]
+
+
+def test_answers_to_questions_that_were_mended_are_left_out(lay: Callable[..., Path]) -> None:
+    data = lay("videomme.json", OFFLINE["videomme"][:2], "v.mp4")
+    script = Script(a="B", b="B")
+    result, _ = scripted("videomme", data, script, control=False)
+    assert averages(result, "strict")["per question"] == 0.5 and result["num_outdated"] == 0
+    write_json(data / "videomme.json", [{**OFFLINE["videomme"][0], "answer": "B"}, OFFLINE["videomme"][1]])
+    result, lines = scripted("videomme", data, script, control=False)
+    assert len(lines) == 3 and averages(result, "strict")["per question"] == 1.0  # and not two thirds
+    assert result["num_outdated"] == 1
+    assert "1 answers to questions that have changed since" in (data / "out" / "summary.md").read_text()
+    write_json(data / "test.json", OFFLINE["videomme"][2:])  # another file's questions do not touch these
+    result, _ = scripted("videomme", data, Script(c="C"), control=False, files=(data / "test.json",))
+    assert result["num_outdated"] == 0 and len(lines) == 3
 
 
 def test_json_lines(tmp_path: Path) -> None:

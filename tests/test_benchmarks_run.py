@@ -247,6 +247,10 @@ def test_other_settings_are_refused(data: Path, tmp_path: Path) -> None:
         (("--set", "alpha=7"), "alpha=7 must lie between 0 and 1"),
         (("--template", "what"), "must hold {question}"),
         (("--judge-url", "http://x/v1"), "--judge-url needs --judge-model"),
+        (("--judge-url", "x:8000/v1", "--judge-model", "j"), "'x:8000/v1' must begin with http:// or https://"),
+        (("--judge-model", "gpt"), "--judge-model 'gpt' is no folder; a model elsewhere needs --judge-url"),
+        (("--task", "Counting"), "--task 'Counting': no question is of it; there are 'RVS-Ego', 'RVS-Movie'"),
+        (("--out", "/proc/no"), "--out /proc/no cannot be made"),
         (("--policy", "full", "--budget", "25%"), "give it no --budget"),
         (("--model", "/no/such/model"), "'/no/such/model' is no folder"),
     ],
@@ -354,6 +358,7 @@ def test_a_local_judge(tmp_path: Path) -> None:
     found = judge("what ?", "red", "blue")
     assert judge.name == f"local:{tmp_path / 'judge'}@livevlm-1" == JudgeChoice(model=str(tmp_path / "judge")).name
     assert found.right is None and found.score is None
+    (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match="no judge could be loaded"):
         LocalJudge(str(tmp_path / "none"), "cpu")
 

@@ -80,6 +80,11 @@ def _list(path: Path, text: str, at: int) -> Iterator[Entry | Problem]:
         at = _skip(text, at, SPACE + ",")
         line, counted = line + text.count("\n", counted, at), at
         if text[at : at + 1] == "]":
+            behind = _skip(text, at + 1, SPACE)
+            if behind < len(text):
+                yield Problem(
+                    f"{path}:{line + text.count(chr(10), at, behind)}", "not read: it stands behind the list's end"
+                )
             return
         try:
             value, at = decoder.raw_decode(text, at)

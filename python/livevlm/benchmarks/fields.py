@@ -71,7 +71,11 @@ def clock(entry: dict[str, Any], name: str) -> float:
 
 def options(entry: dict[str, Any], *names: str) -> tuple[str, ...]:
     """Options without the "A. " that some files put before each."""
-    found = [str(option).strip() for option in items(entry, *names)]
+    given = items(entry, *names)
+    for option in given:
+        if isinstance(option, bool) or not isinstance(option, str | int | float):
+            raise Malformed(f"{names[0]!r} holds {_kind(option)}, not a text")
+    found = [str(option).strip() for option in given]
     if not 2 <= len(found) <= len(LETTERS):
         raise Malformed(f"{names[0]!r} has {len(found)} options; allowed: 2 to {len(LETTERS)}")
     prefixes = [re.match(rf"\(?{letter}[.):]\s*", option) for letter, option in zip(LETTERS, found, strict=False)]

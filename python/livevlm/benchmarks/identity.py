@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import livevlm
 from livevlm.errors import ConfigError
 
@@ -35,13 +37,22 @@ def git_hash() -> str | None:
         return None
 
 
+def device_of(model: torch.nn.Module) -> dict[str, str]:
+    weight = next(model.parameters())
+    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
+    return {"device": name, "dtype": str(weight.dtype).removeprefix("torch."), "torch": torch.__version__}
+
+
 def claim(folder: Path, identity: dict[str, Any]) -> None:
     """Writes what the folder's answers are of, or compares it with what is there.
 
     Raises:
         ConfigError: the folder holds answers of other settings, another model or another judge.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be made: {error.strerror}") from None
     path = folder / RUN_FILE
     text = json.dumps(identity, indent=2) + "\n"
     try:
@@ -50,6 +61,8 @@ def claim(folder: Path, identity: dict[str, Any]) -> None:
         return
     except FileExistsError:
         pass
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be written to: {error.strerror}") from None
     try:
         found = json.loads(path.read_text())
     except json.JSONDecodeError:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from livevlm.errors import ConfigError, LiveVLMError
@@ -96,8 +98,8 @@ class RemoteJudge:
                 problem = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
                 if error.code != 429 and error.code < 500:
                     break
-            except OSError as error:
-                problem = str(error)
+            except (OSError, http.client.HTTPException) as error:
+                problem = str(error) or type(error).__name__
             if attempt + 1 < TRIES:
                 time.sleep(PATIENCE * 2**attempt)
         raise JudgeError(f"judge {self.model!r} at {self.url}: {problem}; start again to go on from here")
@@ -141,6 +143,10 @@ class JudgeChoice:
     def checked(self) -> JudgeChoice:
         if self.url is not None and self.model is None:
             raise ConfigError("--judge-url needs --judge-model, the name of a model there")
+        if self.url is not None and re.match(r"https?://[^/]", self.url) is None:
+            raise ConfigError(f"--judge-url {self.url!r} must begin with http:// or https:// and a host")
+        if self.model is not None and self.url is None and not Path(self.model).is_dir():
+            raise ConfigError(f"--judge-model {self.model!r} is no folder; a model elsewhere needs --judge-url")
         return self
 
     def load(self, device: Any) -> Judge | None:

@@ -68,6 +68,9 @@ class Plan:
             ConfigError: no annotation can be used, or no video was found.
         """
         found, problems = self.form.read(self.files)
+        tasks = sorted({query.task for video in found for query in video.queries})
+        if unknown := set(self.tasks) - set(tasks):
+            raise ConfigError(f"--task {min(unknown)!r}: no question is of it; there are {', '.join(map(repr, tasks))}")
         found = [video for video in found if any(map(self.asks, video.queries))]
         if not found:
             first = f": {problems[0].where}: {problems[0].what}" if problems else ""

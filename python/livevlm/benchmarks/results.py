@@ -6,7 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,6 +46,21 @@ def read_all(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def outdated(answers: list[dict[str, Any]], keys: set[str], files: Sequence[Path]) -> list[str]:
+    """Keys of answers to questions that these annotation files no longer hold as they were."""
+    videos = {key.rpartition("/")[0] for key in keys}
+    names = set(map(str, files))
+    return sorted(
+        {
+            answer["query"]
+            for answer in answers
+            if answer["query"] not in keys
+            and answer["query"].rpartition("/")[0] in videos
+            and answer["where"].rpartition(":")[0] in names
+        }
+    )
+
+
 class AnswerFile:
     """The file that one process appends to.
 
@@ -54,7 +69,7 @@ class AnswerFile:
     """
 
     def __init__(self, folder: Path, rank: int, world: int, config_hash: str) -> None:
-        self.folder, self.path = folder, folder / f"answers.{rank}of{world}.jsonl"
+        self.path = folder / f"answers.{rank}of{world}.jsonl"
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,10 +89,6 @@ class AnswerFile:
         except BaseException:
             os.close(self._file)
             raise
-
-    def done(self) -> set[tuple[str, str]]:
-        """(role, query) of all answers in the folder, those of other processes too."""
-        return {(answer["role"], answer["query"]) for answer in read_all(self.folder)}
 
     def append(self, answer: dict[str, Any]) -> None:
         line = (json.dumps(answer, ensure_ascii=False) + "\n").encode()

@@ -11,18 +11,18 @@ import torch
 import livevlm
 from livevlm.benchmarks.asking import Asker
 from livevlm.benchmarks.frames import opened
-from livevlm.benchmarks.identity import SEED, claim, config_hash, git_hash
+from livevlm.benchmarks.identity import SEED, claim, config_hash, device_of, git_hash
 from livevlm.benchmarks.judge import Judge
 from livevlm.benchmarks.locate import Work
 from livevlm.benchmarks.plan import Plan
-from livevlm.benchmarks.results import AnswerFile
-from livevlm.benchmarks.schema import Problem, Query
+from livevlm.benchmarks.results import AnswerFile, outdated, read_all
+from livevlm.benchmarks.schema import Problem
 from livevlm.benchmarks.shards import Shard
 from livevlm.benchmarks.viewer import CONTROL, METHOD, NewStream, Viewer, control_config, free_streams
 from livevlm.benchmarks.watch import Pass
 from livevlm.checkpoint import Checkpoint
 from livevlm.config import Config
-from livevlm.errors import FrameError, VideoError
+from livevlm.errors import ConfigError, FrameError, VideoError
 from livevlm.models import adapter_for
 from livevlm.staging import Staging
 from livevlm.stream import Stream
@@ -66,7 +66,8 @@ def run(
     make = new_stream or (lambda config: Stream(checkpoint.model, checkpoint.processor, config))
     shard.begin(plan.out)
     with AnswerFile(plan.out, shard.rank, shard.world, config_hash(identity)) as answers:
-        done = answers.done()
+        found = read_all(plan.out)
+        done = {(answer["role"], answer["query"]) for answer in found}
         common = {
             "model": plan.model,
             "config_hash": config_hash(identity),
@@ -74,13 +75,15 @@ def run(
             "livevlm": livevlm.__version__,
             "git": git_hash(),
             "seed": SEED,
-            **_device(checkpoint),
+            **device_of(checkpoint.model),
         }
         runner = _Runner(plan, checkpoint, judge, answers, make, common, progress, problems)
         for work in works[shard.rank :: shard.world]:
             runner.watch(work, done)
             progress.watched()
-        return shard.end(plan.out, {"num_queries": num_queries}, problems)
+        keys = {key for work in works for key in work.queries}
+        facts = {"num_queries": num_queries, "outdated": outdated(found, keys, plan.files)}
+        return shard.end(plan.out, facts, problems)
 
 
 @dataclass
@@ -97,13 +100,14 @@ class _Runner:
     def watch(self, work: Work, done: set[tuple[str, str]]) -> None:
         """One video; whatever is wrong with it is noted, and the run goes on."""
         plan = self.plan
+        asked = [key for key, query in work.queries.items() if plan.asks(query)]
+        wanted = {(METHOD, key) for key in asked} - done
         try:
             with opened(work.path, work.video, fps=plan.fps, stored_fps=plan.stored_fps) as source:
-                config = plan.config_for(source.num_frames)
+                config = self._config(source.num_frames)
                 configs = {METHOD: config}
                 if plan.control and config.policy != "recent":
                     configs[CONTROL] = control_config(config)
-                asked = [key for key, query in work.queries.items() if plan.asks(query)]
                 wanted = {(role, key) for role in configs for key in asked} - done
                 if not wanted:
                     return
@@ -123,9 +127,17 @@ class _Runner:
                 adapter = adapter_for(self.checkpoint.model)
                 one.run(source, Staging(self.checkpoint.processor, adapter.image_size, adapter.device))
         except (VideoError, FrameError) as error:
-            self._skip(work.video.where, f"video {work.id}: {error}")
+            if left := len({key for _, key in wanted}):
+                unanswered = f"{left} question{'s' * (left > 1)} unanswered"
+                self._skip(work.video.where, f"video {work.id}: {error} ({unanswered})")
         finally:
             free_streams()
+
+    def _config(self, num_frames: int | None) -> Config:
+        try:
+            return self.plan.config_for(num_frames)
+        except ConfigError as error:  # a share of a length that this one file does not tell
+            raise VideoError(str(error)) from None
 
     def _skip(self, where: str, why: str) -> None:
         problem = Problem(where, why)
@@ -141,7 +153,7 @@ class _Runner:
             "budget": None if config.policy == "full" else config.max_memory or config.budget,
             "video": work.id,
             "query": key,
-            **_facts(query),
+            **query.facts(),
             **facts,
             "judged": None,
             "judge_score": None,
@@ -156,23 +168,3 @@ class _Runner:
 def _roles(wanted: set[tuple[str, str]], configs: dict[str, Config]) -> list[str]:
     """Only who has something to answer watches."""
     return [role for role in configs if any(role == one for one, _ in wanted)]
-
-
-def _facts(query: Query) -> dict[str, Any]:
-    return {
-        "name": query.name,
-        "kind": query.kind,
-        "task": query.task,
-        "group": query.group,
-        "question": query.text,
-        "options": list(query.options),
-        "expected": query.answer,
-        "windows": [list(window) for window in query.windows],
-        "truth_time": query.truth_time,
-    }
-
-
-def _device(checkpoint: Checkpoint) -> dict[str, str]:
-    weight = next(checkpoint.model.parameters())
-    name = torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type
-    return {"device": name, "dtype": str(weight.dtype).removeprefix("torch."), "torch": torch.__version__}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["choice", "open", "count", "yesno", "proactive"]
 Form = Literal["official", "rekv"]
@@ -66,6 +66,21 @@ class Query:
         """The same for the same question whatever its place in a file, so that entries can be added or mended."""
         facts = [self.kind, self.name, self.text, self.options, self.answer, self.times]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+    def facts(self) -> dict[str, Any]:
+        """What an answer's line says of its question."""
+        return {
+            "name": self.name,
+            "where": self.where,
+            "kind": self.kind,
+            "task": self.task,
+            "group": self.group,
+            "question": self.text,
+            "options": list(self.options),
+            "expected": self.answer,
+            "windows": [list(window) for window in self.windows],
+            "truth_time": self.truth_time,
+        }
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,14 @@ class Shard:
         return all(self.done_file(folder, rank).exists() for rank in range(self.world))
 
 
-def skipped(folder: Path) -> tuple[list[Problem], int]:
-    """What all processes skipped, and how many questions there were to answer."""
+def ended(folder: Path) -> tuple[list[Problem], int, set[str]]:
+    """Of the processes that ended: what they skipped, how many questions there were, keys of outdated answers."""
     problems: list[Problem] = []
     count = 0
+    outdated: set[str] = set()
     for path in sorted(folder.glob("done.*.json")):
         found = json.loads(path.read_text())
         count = max(count, found["num_queries"])
         problems += [Problem(*problem) for problem in found["skipped"]]
-    return list(dict.fromkeys(problems)), count
+        outdated |= set(found["outdated"])
+    return list(dict.fromkeys(problems)), count, outdated

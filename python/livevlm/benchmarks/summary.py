@@ -16,7 +16,7 @@ from livevlm.benchmarks.registry import FORMATS
 from livevlm.benchmarks.results import read_all
 from livevlm.benchmarks.schema import LETTERS
 from livevlm.benchmarks.scoring import find_letter
-from livevlm.benchmarks.shards import skipped
+from livevlm.benchmarks.shards import ended
 from livevlm.benchmarks.viewer import CONTROL, METHOD
 from livevlm.errors import ConfigError
 
@@ -35,15 +35,18 @@ def summarize(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     hashes = {answer["config_hash"] for answer in answers}
     if len(hashes) > 1:
         raise ConfigError(f"{folder} holds answers of {len(hashes)} configurations; they cannot be added up")
-    form = FORMATS[answers[0]["benchmark"]]
-    problems, num_queries = skipped(folder)
+    form, judge = FORMATS[answers[0]["benchmark"]], answers[0]["judge"]
+    problems, num_queries, outdated = ended(folder)
+    num_found = len(answers)
+    answers = [answer for answer in answers if answer["query"] not in outdated]
     result = {
         "benchmark": form.name,
         "run": json.loads((folder / RUN_FILE).read_text()),
-        "judge": answers[0]["judge"],
+        "judge": judge,
         "versions": sorted({f"livevlm {answer['livevlm']}, git {answer['git']}" for answer in answers}),
         "devices": sorted({answer["device"] for answer in answers}),
         "num_queries": num_queries,
+        "num_outdated": num_found - len(answers),
         **{
             role: figures([answer for answer in answers if answer["role"] == role], form)
             for role in (METHOD, CONTROL)
@@ -108,6 +111,8 @@ def markdown(result: dict[str, Any], form: Format) -> str:
             text.append(f"| {name} | {' | '.join(NONE if v is None else shown(v) for v in values)} |")
     answered = " and ".join(str(sum(t["num_answers"] for t in result[role]["tasks"].values())) for role in roles)
     text += ["", f"{result['num_queries']} questions about videos that were found; answers: {answered}."]
+    if result["num_outdated"]:
+        text.append(f"{result['num_outdated']} answers to questions that have changed since are left out.")
     text += [f"Skipped: {result['num_skipped']}." if result["num_skipped"] else "Nothing was skipped.", ""]
     text += [f"- {problem['where']}: {problem['what']}" for problem in result["skipped"]]
     return "\n".join(text).rstrip() + "\n"
