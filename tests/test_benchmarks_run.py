@@ -143,65 +143,42 @@ def test_questions_do_not_change_each_other(data: Path, tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- killed, resumed, sharded
 ARGUMENTS = ("rvs", "--budget", "96", "--set", "clip_frames=1", "--template", "{question}", "--device", "cpu")
-RUN = """
-import os, sys
-from livevlm.benchmarks.results import AnswerFile
-append, stop = AnswerFile.append, int(sys.argv.pop(1))
-def slowly(self, answer):
-    append(self, answer)
-    if os.fstat(self._file).st_size and (stop := stop_after()):
-        os.write(self._file, b'{"benchmark": "rvs", "ro')  # a line that is torn
-        os.kill(os.getpid(), 9)
-count = 0
-def stop_after():
-    global count
-    count += 1
-    return count == stop
-AnswerFile.append = slowly
-from livevlm.cli import main
-main()
-"""
 
 
-def test_a_killed_process_goes_on_where_it_was(data: Path, tmp_path: Path) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert run(*ARGUMENTS, "--data", data, "--out", whole).exit_code == 0
-    expected = facts(answers(whole))
-    assert len(expected) == 24  # three videos, four questions, two roles
-    command = [sys.executable, "-c", RUN, "7", "eval", *ARGUMENTS, "--data", str(data), "--out", str(out)]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    file = out / "answers.0of1.jsonl"
-    before = file.read_bytes()
-    assert before.count(b"\n") == 7 and not before.endswith(b"\n")
-    resumed = run(*ARGUMENTS, "--data", data, "--out", out)
-    assert resumed.exit_code == 0, resumed.output
-    lines = answers(out)
-    assert len(lines) == len(expected) and facts(lines) == expected
-    assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    assert summary(out)["method"]["averages"] == summary(whole)["method"]["averages"]
-    again = run(*ARGUMENTS, "--data", data, "--out", out)  # nothing is left to do
-    assert again.exit_code == 0 and len(answers(out)) == len(expected)
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Answers of one process that nothing went wrong with."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert run(*ARGUMENTS, "--data", data, "--out", out).exit_code == 0
+    assert len(answers(out)) == 24  # three videos, four questions, two roles
+    return out
 
 
-def test_killed_from_outside(data: Path, tmp_path: Path) -> None:
+def test_a_killed_process_goes_on_where_it_was(data: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    file = out / "answers.0of1.jsonl"
     code = "from livevlm.cli import main; main()"
     command = [sys.executable, "-c", code, "eval", *ARGUMENTS, "--data", str(data), "--out", str(out)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        file = out / "answers.0of1.jsonl"
-        while process.poll() is None and not (file.exists() and file.stat().st_size):
+        while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n")):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
+    before = file.read_bytes()
+    assert process.returncode == -signal.SIGKILL and 0 < before.count(b"\n") < 24
+    with file.open("ab") as torn:
+        torn.write(b'{"benchmark": "rvs", "ro')  # as a write that a crash of the machine cuts off
     resumed = run(*ARGUMENTS, "--data", data, "--out", out)
     assert resumed.exit_code == 0, resumed.output
     lines = answers(out)
-    assert len(lines) == len(facts(lines)) == 24
+    assert len(lines) == 24 and facts(lines) == facts(answers(whole))
+    assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert summary(out)["method"]["averages"] == summary(whole)["method"]["averages"]
+    again = run(*ARGUMENTS, "--data", data, "--out", out)  # nothing is left to do
+    assert again.exit_code == 0 and len(answers(out)) == 24
 
 
-def test_two_ranks_answer_what_one_does(data: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run(*ARGUMENTS, "--data", data, "--out", one).exit_code == 0
+def test_two_ranks_answer_what_one_does(data: Path, whole: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
     for rank in ("1", "0"):
         env = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
         done = run(*ARGUMENTS, "--data", data, "--out", two, env=env)
@@ -209,15 +186,15 @@ def test_two_ranks_answer_what_one_does(data: Path, tmp_path: Path) -> None:
         assert (two / "summary.json").exists() == (rank == "0")  # the last one adds up
     shares = {path.name: path.read_text().count("\n") for path in two.glob("answers.*")}
     assert shares == {"answers.0of2.jsonl": 16, "answers.1of2.jsonl": 8}  # two videos and one
-    assert facts(answers(two)) == facts(answers(one)) and len(answers(two)) == len(answers(one))
+    assert facts(answers(two)) == facts(answers(whole)) and len(answers(two)) == len(answers(whole))
     for role in ("method", "control"):
         for part in ("averages", "tasks", "groups"):
-            assert summary(two)[role][part] == summary(one)[role][part]
+            assert summary(two)[role][part] == summary(whole)[role][part]
     alone = run(*ARGUMENTS, "--data", data, "--out", two)  # one process finds what two have answered
     assert alone.exit_code == 0, alone.output
-    assert len(answers(two)) == len(answers(one))
+    assert len(answers(two)) == len(answers(whole))
     printed = run("summary", two, "--json")
-    assert json.loads(printed.stdout)["method"]["averages"] == summary(one)["method"]["averages"]
+    assert json.loads(printed.stdout)["method"]["averages"] == summary(whole)["method"]["averages"]
 
 
 def test_other_settings_are_refused(data: Path, tmp_path: Path) -> None:
@@ -312,7 +289,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(judging, "PATIENCE", 0.01)
     Server.calls, Server.failures = [], 1
     with HTTPServer(("127.0.0.1", 0), Server) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/v1"
         http.shutdown()
 
