@@ -215,6 +215,16 @@ def test_streamingbench_polls_until_the_moment(lay: Callable[..., Path]) -> None
     assert polls["never"] == [2, 4, 6]  # where no frame is new, the reply is known
 
 
+def test_streamingbench_knows_both_names_of_the_proactive_task(lay: Callable[..., Path]) -> None:
+    columns = "question_id,task_type,question,time_stamp,ground_truth_time_stamp,ground_truth_output"
+    rows = [f"{name} Output_sample_1_{i},P,{name}?,0:02,0:05,GOAL" for i, name in enumerate(("Proactive", "Active"))]
+    data = lay("x.json", [], "Proactive Output/sample_1/video.mp4")
+    (data / "Proactive_Output.csv").write_text("\n".join([columns, *rows]))
+    result, lines = scripted("streamingbench", data, lambda prompt, times: "Yes, GOAL", control=False)
+    assert [line["said_at"] for line in lines] == [3, 3] and result["num_skipped"] == 0
+    assert averages(result, "official")["all, per question"] == 1.0
+
+
 # ---------------------------------------------------------------- OVO-Bench
 def test_ovobench_in_its_three_groups(lay: Callable[..., Path]) -> None:
     def choice(number: int, task: str, time: float, gold: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def parse(value: Any, where: str, path: Path, problems: list[Problem]) -> Sequen
         video = conversations.parse(value, where, problems)
         return [replace(video, queries=tuple(replace(query, group=part) for query in video.queries))]
     if isinstance(value, dict) and "question_id" in value:
-        name, kind, sample = sample_of(fields.text(value, "question_id"))
+        name, kind, sample = sample_of(fields.text(value, "question_id"), part)
         query = replace(_query(value, part, where), name=name)
         return [Video(f"{kind}_{sample}", place(part, kind, sample), (query,), where)]
     videos = []

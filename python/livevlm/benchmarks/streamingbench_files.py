@@ -39,12 +39,15 @@ def part_of(path: Path) -> str:
     return next((part for part, words in PARTS.items() if re.search(rf"(^|_)({words})", stem)), "real")
 
 
-def sample_of(question_id: str) -> tuple[str, str, str]:
-    """The id itself, task and sample of an id such as "Real-Time Visual Understanding_sample_1_2"."""
+def sample_of(question_id: str, part: str) -> tuple[str, str, str]:
+    """The id itself, task and sample of an id such as "Real-Time Visual Understanding_sample_1_2".
+
+    A part that is one task has one name here: the proactive one's is now "Proactive", now "Active Output".
+    """
     match = re.fullmatch(r"(.+)_(sample_\d+)_\d+", question_id)
     if match is None:
         raise Malformed(f"'question_id' is {question_id!r}, not of the form TASK_sample_NUMBER_NUMBER")
-    return question_id, match[1], match[2]
+    return question_id, KINDS.get(part, match[1]), match[2]
 
 
 def place(part: str, kind: str, sample: str) -> tuple[str, ...]:
