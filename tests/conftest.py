@@ -8,6 +8,10 @@ same way LIVEVLM_EMULATED, the path of the library that tests/emulation builds, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,3 +39,30 @@ def seed() -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A generated video as a file."""
+    from eval_kit import videos, write_mp4  # most tests need no OpenCV
+    from eval_sets import SECONDS
+
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    write_mp4(path, videos(1, SECONDS)[0])
+    return path.read_bytes()
+
+
+@pytest.fixture
+def lay(tmp_path: Path, clip: bytes) -> Callable[..., Path]:
+    """Lays out a data set: an annotation file, and the same video under several names."""
+
+    def lay(file: str, value: Any, *names: str) -> Path:
+        from eval_kit import write_json
+
+        write_json(tmp_path / file, value)
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(clip)
+        return tmp_path
+
+    return lay

@@ -5,27 +5,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import livevlm
-from eval_kit import FULL, answers, choices, run, scripted, summary, videos, write_json, write_mp4, write_npy
-from livevlm.benchmarks import judge as judging
+from eval_kit import FULL, answers, choices, run, summary, videos, write_json, write_mp4, write_npy
 from livevlm.benchmarks.asking import AskedProcessor
-from livevlm.benchmarks.judge import JudgeChoice, JudgeError, LocalJudge, RemoteJudge
-from livevlm.errors import ConfigError
 from plain_model import answers as plain_answers
 
 NUM_FRAMES = 24
@@ -248,7 +240,7 @@ def test_an_unfinished_line_between_others_is_an_error(data: Path, tmp_path: Pat
     assert result.exit_code == 2 and "answers.0of1.jsonl:2: not an answer" in result.stderr
 
 
-# ---------------------------------------------------------------- prompts and judges
+# ---------------------------------------------------------------- prompts
 def test_the_prefix_and_the_retrieval_text() -> None:
     """The answer goes on behind the prefix; a retrieval pass of its own sees the question without its options."""
     tiny = livevlm.load("tiny", device="cpu").processor
@@ -258,86 +250,6 @@ def test_the_prefix_and_the_retrieval_text() -> None:
     assert torch.equal(before, plain_before) and torch.equal(after[:-2], plain_after)
     assert torch.equal(after[-2:], tiny.text("red star"))
     assert torch.equal(asked.text("where was the red star ?"), tiny.text("what ?"))
-
-
-class Server(BaseHTTPRequestHandler):
-    """Judges like a strict chat model; the first call fails, as a busy one does."""
-
-    calls: list[dict[str, Any]] = []  # noqa: RUF012
-    failures = 1
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if Server.failures:
-            Server.failures -= 1
-            self.send_error(503)
-            return
-        Server.calls.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
-        truth, reply = (line.split(": ", 1)[1] for line in body["messages"][1]["content"].splitlines()[1:3])
-        said = '{"pred": "yes", "score": 5}' if truth == reply else '{"pred": "no", "score": 1}'
-        content = json.dumps({"choices": [{"message": {"content": said if truth != "?" else "hm"}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments: Any) -> None: ...
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(judging, "PATIENCE", 0.01)
-    Server.calls, Server.failures = [], 1
-    with HTTPServer(("127.0.0.1", 0), Server) as http:
-        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{http.server_port}/v1"
-        http.shutdown()
-
-
-def test_a_judge_decides_open_answers(server: str, tmp_path: Path) -> None:
-    write_npy(tmp_path / "v.npy", videos(1, 6)[0])
-    turns = [{"question": f"q{i}?", "answer": gold, "end_time": 3} for i, gold in enumerate(["red", "blue", "?"])]
-    write_json(tmp_path / "ego4d_oe.json", [{"video_id": "v", "video_path": "v.npy", "conversations": turns}])
-    judge = RemoteJudge(server, "strict", "secret")
-    assert "secret" not in repr(judge)
-    result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", judge, control=False)
-    assert {line["judge"] for line in lines} == {"strict@livevlm-1"}
-    found = {line["question"]: (line["judged"], line["judge_score"]) for line in lines}
-    assert found == {"q0?": (True, 5), "q1?": (False, 1), "q2?": (None, None)}
-    assert result["method"]["averages"]["per question"]["judged"] == 0.5  # what it did not decide is not counted
-    assert result["method"]["judge_score"] == 3 and result["method"]["num_undecided"] == 1
-    first = Server.calls[0]
-    assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer secret", "strict")
-    assert "judged" in (tmp_path / "out" / "summary.md").read_text()
-
-
-def test_a_judge_that_is_gone_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(judging, "PATIENCE", 0.0)
-    write_npy(tmp_path / "v.npy", videos(1, 6)[0])
-    turns = [{"question": "q?", "answer": "red", "end_time": 3}]
-    write_json(tmp_path / "ego4d_oe.json", [{"video_id": "v", "video_path": "v.npy", "conversations": turns}])
-    with pytest.raises(JudgeError, match=re.escape("judge 'j' at http://127.0.0.1:9/v1")):
-        scripted("rvs", tmp_path, lambda prompt, times: "red", RemoteJudge("http://127.0.0.1:9/v1", "j", None))
-    assert not answers(tmp_path / "out")  # it will be asked again
-
-
-def test_a_local_judge(tmp_path: Path) -> None:
-    """A model of random weights says nothing that can be understood: undecided, and not counted."""
-    tokenizer = livevlm.load("tiny", device="cpu").processor.tokenizer
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "judge")
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "judge")
-    judge = LocalJudge(str(tmp_path / "judge"), "cpu")
-    found = judge("what ?", "red", "blue")
-    assert judge.name == f"local:{tmp_path / 'judge'}@livevlm-1" == JudgeChoice(model=str(tmp_path / "judge")).name
-    assert found.right is None and found.score is None
-    (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError, match="no judge could be loaded"):
-        LocalJudge(str(tmp_path / "none"), "cpu")
 
 
 def test_help_needs_no_torch() -> None:
