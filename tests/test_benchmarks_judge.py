@@ -62,7 +62,7 @@ def test_a_judge_decides_open_answers(server: str, tmp_path: Path) -> None:
     judge = RemoteJudge(server, "strict", "secret")
     assert "secret" not in repr(judge)
     result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", judge, control=False)
-    assert {line["judge"] for line in lines} == {"strict@livevlm-1"}
+    assert {(line["judge"], line["judge_place"]) for line in lines} == {("strict@livevlm-1", server)}
     found = {line["question"]: (line["judged"], line["judge_score"]) for line in lines}
     assert found == {"q0?": (True, 5), "q1?": (False, 1), "q2?": (None, None)}
     assert result["method"]["averages"]["per question"]["judged"] == 0.5  # what it did not decide is not counted

@@ -23,7 +23,7 @@ def split(answers: Answers, field: str) -> dict[str, list[dict[str, Any]]]:
     parts: dict[str, list[dict[str, Any]]] = {}
     for answer in answers:
         parts.setdefault(answer.get(field) or "", []).append(answer)
-    return dict(sorted(parts.items()))
+    return dict(sorted(parts.items(), key=lambda part: (float(part[0]) if part[0].isdecimal() else 0.0, part[0])))
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -43,6 +43,11 @@ class Judge(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def place(self) -> str:
+        """Where it is: logged, but the same judge may move."""
+        ...
+
     def __call__(self, question: str, answer: str, reply: str) -> Verdict: ...
 
 
@@ -71,6 +76,10 @@ class RemoteJudge:
     @property
     def name(self) -> str:
         return f"{self.model}@{WORDING}"
+
+    @property
+    def place(self) -> str:
+        return self.url
 
     def __call__(self, question: str, answer: str, reply: str) -> Verdict:
         body = {
@@ -116,7 +125,7 @@ class LocalJudge:
             self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(f"no judge could be loaded from {path!r}: {str(error).splitlines()[0]}") from None
-        self.name = f"local:{path}@{WORDING}"
+        self.name, self.place = f"local:{path}@{WORDING}", "here"
 
     def __call__(self, question: str, answer: str, reply: str) -> Verdict:
         asked = self.tokenizer.apply_chat_template(

@@ -72,6 +72,7 @@ def run(
             "model": plan.model,
             "config_hash": config_hash(identity),
             "judge": judge_name,
+            "judge_place": None if judge is None else judge.place,
             "livevlm": livevlm.__version__,
             "git": git_hash(),
             "seed": SEED,
