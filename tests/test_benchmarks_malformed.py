@@ -107,6 +107,19 @@ def test_malformed_questions_leave_the_others(lay: Callable[..., Path]) -> None:
     ]
 
 
+def test_a_file_that_cannot_be_read_leaves_the_others(tmp_path: Path) -> None:
+    """One problem each, however long they are."""
+    good, binary, other = (tmp_path / f"{name}.json" for name in ("good", "binary", "other"))
+    write_json(good, VIDEOMME)
+    binary.write_bytes(b"\xff\xfe\x00")
+    write_json(other, {"entries": VIDEOMME})
+    found, problems = FORMATS["videomme"].read([binary, other, tmp_path / "gone.json", good])
+    assert len(found) == 3 and [problem.where for problem in problems] == [
+        f"{binary}:1", f"{other}:1", f"{tmp_path / 'gone.json'}:1"
+    ]  # fmt: skip
+    assert "cannot be read" in problems[0].what and "a JSON list of entries" in problems[1].what
+
+
 def test_what_stands_behind_a_list_is_named(tmp_path: Path) -> None:
     path = tmp_path / "videomme.json"
     path.write_text(json.dumps(VIDEOMME[:1]) + "\n\n" + json.dumps(VIDEOMME[1:]))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from livevlm.benchmarks.schema import Problem
-from livevlm.errors import ConfigError
 
 SPACE = " \t\r\n"
 
@@ -24,24 +23,31 @@ class Entry(NamedTuple):
 def read_entries(path: Path) -> Iterator[Entry | Problem]:
     """Entries of a JSON list, of a file with one JSON value a line, or of a table whose first line names its columns.
 
-    A line that is no JSON is one problem. In a list nothing after broken JSON can be read: that is one problem too.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds neither.
+    A line that is no JSON is one problem. In a list nothing after broken JSON can be read: that is one problem too, as
+    is a file that cannot be read, or that holds something else.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        yield Problem(f"{path}:1", f"cannot be read: {error}")
+        return
     start = _skip(text, 0, SPACE)
     if path.suffix == ".csv":
         yield from _rows(path, text)
-    elif path.suffix == ".jsonl" or text[start : start + 1] == "{":
-        yield from _lines(path, text)
-    elif text[start : start + 1] == "[":
+    elif text[start : start + 1] == "[" and path.suffix != ".jsonl":
         yield from _list(path, text, start + 1)
+    elif path.suffix == ".jsonl" or _is_json(text[start:].partition("\n")[0]):
+        yield from _lines(path, text)
     else:
-        raise ConfigError(f"{path}: allowed are a JSON list of entries, or one entry a line")
+        yield Problem(f"{path}:1", "allowed are a JSON list of entries, or one entry a line")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _lines(path: Path, text: str) -> Iterator[Entry | Problem]:
