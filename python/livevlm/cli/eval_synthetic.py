@@ -36,7 +36,6 @@ def _numbers(text: str, what: str) -> list[float]:
 @click.option("--seed", type=click.IntRange(min=0), default=1, show_default=True, help="Other videos for each.")
 @click.option("--model", default="tiny", show_default=True, metavar="PATH|tiny", help="Trained on these videos.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--graphs", type=click.Choice(["off", "auto"]), default="off", show_default=True, help="CUDA graphs.")
 @click.option("--processes", type=click.IntRange(min=1), default=1, show_default=True, help="One thread each.")
 @click.option(
     "--out",
@@ -60,7 +59,6 @@ def synthetic(
     seed: int,
     model: str,
     device: str,
-    graphs: str,
     processes: int,
     out: Path,
     plots: bool,
@@ -111,7 +109,6 @@ def synthetic(
         seed=seed,
         model=model,
         device=str(find_device(device)),
-        graphs=graphs,
     )
     err = Console(stderr=True, highlight=False)
     columns = (TextColumn("watching"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())

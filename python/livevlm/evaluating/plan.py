@@ -37,7 +37,6 @@ class Plan:
     seed: int = 1
     model: str = "tiny"
     device: str = "cpu"
-    graphs: str = "off"
 
     def __post_init__(self) -> None:
         if not 1 <= self.streams <= MOST_STREAMS:
@@ -50,7 +49,7 @@ class Plan:
 
     def facts(self) -> dict[str, Any]:
         """What results depend on beside the settings, the length and the number of the video."""
-        names = ("questions", "moments", "clip_frames", "seed", "model", "device", "graphs")
+        names = ("questions", "moments", "clip_frames", "seed", "model", "device")
         return {name: asdict(self)[name] for name in names}
 
     def video_seed(self, index: int) -> int:

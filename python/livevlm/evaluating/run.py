@@ -42,9 +42,9 @@ def possible(plan: Plan) -> tuple[dict[int, tuple[Setting, ...]], list[str]]:
         able = []
         for setting in plan.settings:
             try:
-                setting.config(
-                    num_frames, TOKENS_PER_FRAME, clip_frames=plan.clip_frames, seed=0, graphs=plan.graphs
-                ).budget_tokens(1, TOKENS_PER_FRAME)
+                setting.config(num_frames, TOKENS_PER_FRAME, clip_frames=plan.clip_frames, seed=0).budget_tokens(
+                    1, TOKENS_PER_FRAME
+                )
                 able.append(setting)
             except ConfigError as error:
                 left_out.append(f"{num_frames} frames, {setting.budget:g} %: {error}")

@@ -91,7 +91,7 @@ class Setting:
             -(self.budget or 0),
         )
 
-    def config(self, num_frames: int, tokens_per_frame: int, *, clip_frames: int, seed: int, graphs: str) -> Config:
+    def config(self, num_frames: int, tokens_per_frame: int, *, clip_frames: int, seed: int) -> Config:
         """Settings of a stream of that length.
 
         Raises:
@@ -103,7 +103,7 @@ class Setting:
             "slack": 0,  # compressed after every clip: what a question sees is the budget, exactly
             "positions": self.positions,
             "policy_seed": seed,
-            "graphs": graphs,
+            "graphs": "off",  # captured anew for every stream, they would only cost time
             **RETRIEVALS[self.retrieval],
             **preset.settings,
         }

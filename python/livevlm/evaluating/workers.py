@@ -20,7 +20,7 @@ from livevlm.errors import ConfigError, LiveVLMError
 from livevlm.evaluating.plan import Plan
 from livevlm.evaluating.records import key_of
 from livevlm.evaluating.settings import Setting
-from livevlm.evaluating.watching import watch
+from livevlm.evaluating.watching import Embeddings, watch
 from livevlm.models import adapter_for
 
 Task = tuple[int, int, tuple[Setting, ...]]
@@ -40,15 +40,15 @@ class Worker:
         plan, (num_frames, index, settings) = self.plan, task
         video = plan.video(num_frames, index)
         questions, frames = plan.questions_of(video, index), video.frames.to(self.adapter.device)
+        embeddings: Embeddings = {}
         for setting in settings:
             config = setting.config(
                 num_frames,
                 self.adapter.tokens_per_frame,
                 clip_frames=plan.clip_frames,
                 seed=index,
-                graphs=plan.graphs,
             )
-            result = watch(self.checkpoint, config, frames, questions)
+            result = watch(self.checkpoint, config, frames, questions, embeddings)
             yield {"key": key_of(num_frames, index, setting), **result}
 
 
