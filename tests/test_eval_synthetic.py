@@ -24,6 +24,7 @@ from livevlm.evaluating.settings import PRESETS, Setting, settings_of
 from livevlm.evaluating.statistics import accuracy, difference, t95
 from livevlm.evaluating.watching import watch
 from livevlm.policies import POLICIES
+from livevlm.synthetic import generate
 
 FEW = settings_of(["full", "blind", "random", "similarity"], [25.0], ["none"], ["packed"])
 
@@ -127,8 +128,23 @@ def test_settings_that_do_not_exist_and_budgets_that_are_too_small(tmp_path: Pat
             settings_of(names, budgets, retrieval, positions)
     both = settings_of(["full", "rekv", "streammem"], [50.0, 25.0], ["none", "mean_key"], ["packed", "original"])
     assert len(both) == len(set(both)) == 2 * 2 + 2 * 2 + 2, "a preset's own retrieval, positions and budget stay"
+    with pytest.raises(ConfigError, match="a quarter of 51 tokens: only the newest 1"):
+        Setting("novelty", "mass-25", "packed", 5.0).config(64, 16, clip_frames=8, seed=0, graphs="off")
     with pytest.raises(ConfigError, match="10 tokens do not hold the newest 1 frame"):
         compare(Plan(tuple(settings_of(["recent"], [1.0], ["none"], ["packed"])), frames=(64,)), tmp_path)
+
+
+@pytest.mark.parametrize("retrieval", ["mass-25", "frame-softmax-25", "mass", "frame"])
+def test_shares_that_are_attended_to(retrieval: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the memory with the newest frame, or 40 % of the blocks beside it."""
+    tiny = livevlm.load("tiny", device="cpu")
+    (frames,) = (video.frames for video in generate(64, seed=3))
+    config = Setting("novelty", retrieval, "packed", 25.0).config(64, 16, clip_frames=8, seed=0, graphs="off")
+    stream = livevlm.Stream(tiny.model, tiny.processor, config)
+    stream.push(frames)
+    memory, search = stream.cache.memory, stream.cache.retrieval
+    attended = memory.num_video_tokens - 16 * (search.num_candidates(memory) - search.num_selected(memory))
+    assert (memory.num_video_tokens, attended) == (256, 64 if retrieval.endswith("-25") else 16 + 6 * 16)
 
 
 # -------------------------------------------------------------------- runs

@@ -24,7 +24,8 @@ SETTINGS = {
     "blocks": {"retrieval": "mean_key", "block_size": 8},
     "softmax": {"retrieval": "mean_key", "block_size": 8, "pooling": "softmax", "retrieval_ratio": 0.3},
     "mass": {"retrieval": "mass", "block_size": 8},
-    "frames": {"retrieval": "frame", "num_retrieved_frames": 5},
+    "mass of all": {"retrieval": "mass", "block_size": 8, "retrieval_queries": "all"},
+    "frames": {"retrieval": "frame", "num_retrieved_frames": 5, "retrieval_queries": "last"},
 }
 TOKENS = (11, 30, 12)  # an answer
 
@@ -99,9 +100,10 @@ def test_same_logits_and_blocks(name: str, positions: str) -> None:
     assert (name == "everything") != cache.retrieval.is_needed(cache.memory)
 
 
-def test_only_the_tokens_of_the_question_choose_blocks() -> None:
+@pytest.mark.parametrize("name", ["blocks", "mass"])
+def test_only_the_tokens_of_the_question_choose_blocks(name: str) -> None:
     """Whatever stands in the padding."""
-    cache = filled(**SETTINGS["blocks"])
+    cache = filled(**SETTINGS[name])
     ids = ids_of(5)
     (first, *_), blocks, _ = replayed(cache, ids)
     for _ in range(3):

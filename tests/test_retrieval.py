@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -139,15 +140,17 @@ def test_representatives_follow_the_memory(policy: str, monkeypatch: pytest.Monk
     assert torch.equal(*chosen)
 
 
-def test_mass_is_that_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By definition: the share of attention, un-rotated, that the question's rows pay to a block, over all heads."""
-    cache = filled(retrieval="mass", retrieval_ratio=0.2)
+@pytest.mark.parametrize("queries", [None, "all"])
+def test_mass_is_that_of_the_question(queries: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By definition: the share of attention, un-rotated, that the last row, or all, pay to a block, over all heads."""
+    cache = filled(retrieval="mass", retrieval_ratio=0.2, retrieval_queries=queries)
     memory, q = cache.memory, torch.randn(5, 14, 16)
+    rows = q[4:] if queries is None else q
     count = cache.retrieval.num_candidates(memory)
     assert count == 19 and cache.retrieval.num_selected(memory) == 4
     for layer in range(3):
         k = memory.k[layer, memory.video_start : memory.video_start + 8 * count].double()
-        logits = torch.einsum("qhd,khd->hqk", q.double(), k.repeat_interleave(7, 1)) / 4
+        logits = torch.einsum("qhd,khd->hqk", rows.double(), k.repeat_interleave(7, 1)) / 4
         mass = logits.softmax(-1).sum((0, 1)).unflatten(0, (count, 8)).sum(1)
         assert torch.equal(cache.retrieval.select(memory, layer, q).long(), mass.topk(4).indices.sort().values)
     made = []
@@ -155,6 +158,19 @@ def test_mass_is_that_of_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.push(pixels(1), times(1, 40))
     ask(cache)
     assert not made, "no representatives are needed"
+
+
+@pytest.mark.parametrize("retrieval", ["mean_key", "mass", "frame"])
+def test_which_queries_choose(retrieval: str) -> None:
+    cache, q = filled(retrieval=retrieval, num_retrieved_frames=5), torch.randn(5, 14, 16)
+
+    def chosen(queries: str | None, q: torch.Tensor) -> torch.Tensor:
+        config = dataclasses.replace(cache.config, retrieval_queries=queries)
+        return Retrieval(config, 4).select(cache.memory, 1, q)
+
+    assert torch.equal(chosen("last", q), chosen("all", q[4:]))
+    assert not torch.equal(chosen("last", q), chosen("all", q))
+    assert torch.equal(chosen(None, q), chosen("last" if retrieval == "mass" else "all", q))
 
 
 @pytest.mark.parametrize("retrieval", ["mean_key", "mass"])

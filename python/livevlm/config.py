@@ -13,7 +13,17 @@ from typing import Any, get_args
 from typing_extensions import Self
 
 from livevlm.errors import ConfigError
-from livevlm.types import Attention, Graphs, PolicyName, Pooling, Positions, RetrievalName, RetrievalPass, Scope
+from livevlm.types import (
+    Attention,
+    Graphs,
+    PolicyName,
+    Pooling,
+    Positions,
+    RetrievalName,
+    RetrievalPass,
+    RetrievalQueries,
+    Scope,
+)
 
 CONFIG_FILE = "livevlm_config.json"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -66,6 +76,9 @@ class Config:
             chat template included. "two_pass" (ReKV; LiveVLM v2 as we read it): a pass of its own over the question's
             text alone goes first; like a question, it attends to the prompt, the newest frames and what each layer has
             just chosen (as ReKV's code does). It costs a second pass.
+        retrieval_queries: which queries of that pass choose. "all" of them (ReKV; LiveVLM v2 as we read it), or the
+            "last" token's, which the answer is predicted from (ours; Quest, arXiv 2406.10774, also chooses by one
+            query, anew for every token). None: "last" for `mass`, else "all".
         positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
             place in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
         attention: how the memory is read. "auto": on a GPU in place, by the fused kernels of
@@ -100,6 +113,7 @@ class Config:
     num_retrieved_frames: int = 64
     pooling: Pooling = "query"
     retrieval_pass: RetrievalPass = "inline"
+    retrieval_queries: RetrievalQueries | None = None
     positions: Positions = "packed"
     attention: Attention = "auto"
     graphs: Graphs = "auto"
@@ -116,10 +130,11 @@ class Config:
             "attention": get_args(Attention),
             "graphs": get_args(Graphs),
             "retrieval_pass": get_args(RetrievalPass),
+            "retrieval_queries": (*get_args(RetrievalQueries), None),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; allowed: {', '.join(allowed)}")
+                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; allowed: {', '.join(map(str, allowed))}")
         counts = ("budget", "clip_frames", "recent_frames", "num_score_queries", "bucket_capacity", "block_size")
         for name in (*counts, "num_retrieved_frames", "max_new_tokens"):
             value = getattr(self, name)

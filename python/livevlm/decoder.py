@@ -136,7 +136,8 @@ class Decoder:
         q = q.view(x.shape[0], -1, memory.shape.head_dim)
         if retrieve:
             assert self.searched is not None
-            selected = self.retrieval.search(q, self.searched[index], buffers.choice[3:4])
+            chooses = buffers.last_q[index][None] if self.retrieval.by_last else q
+            selected = self.retrieval.search(chooses, self.searched[index], buffers.choice[3:4])
             fill_table(selected, buffers.choice, buffers.table[index])
         out = block_attention(
             q,

@@ -8,6 +8,9 @@ prompt are always attended to; they are no candidates.
 - "frame": blocks of one frame's number of tokens, the best `num_retrieved_frames` (ReKV).
 - "mass": blocks as for "mean_key", by the attention that the question really pays to their tokens: it reads all keys,
   which is affordable in a memory of bounded size (ours).
+
+Which of the question's queries choose is `retrieval_queries`. What most of a question's tokens look at has little to do
+with the answer, and drowns what the last one, which the answer is predicted from, looks at.
 """
 
 from __future__ import annotations
@@ -55,11 +58,13 @@ class Retrieval:
         """The retrieved blocks of one layer, in time order, counted from `video_start`.
 
         Args:
-            q: un-rotated queries of the question, `[num_queries, num_qo_heads, head_dim]`.
+            q: un-rotated queries of the question, `[num_queries, num_qo_heads, head_dim]`; only the last one's are
+                looked at, `by_last`.
 
         Returns:
             int32 `[num_selected]`.
         """
+        q = q[-1:] if self.by_last else q
         candidates = self.num_candidates(memory)
         if self.by_mass:
             keys = self.searched(memory)[layer, : candidates * self.block_size]
@@ -71,6 +76,12 @@ class Retrieval:
     @property
     def by_mass(self) -> bool:
         return self.config.retrieval == "mass"
+
+    @property
+    def by_last(self) -> bool:
+        """Whether the question's last query chooses alone."""
+        queries = self.config.retrieval_queries
+        return self.by_mass if queries is None else queries == "last"
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -93,7 +104,7 @@ class Retrieval:
         """`select` where the number of candidates is known on the device only.
 
         Args:
-            q: as for `select`; rows of zeros choose nothing.
+            q: those that choose, and none beside them: `by_last`, one. Rows of zeros choose nothing.
             searched: of one layer, as wide as the memory.
             num_searched: int32 `[1]`.
 

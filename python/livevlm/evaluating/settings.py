@@ -12,6 +12,7 @@ from livevlm.config import Config
 from livevlm.errors import ConfigError
 
 RETRIEVED = 0.4  # share of the blocks that a retrieval attends to (LiveVLM v2)
+QUARTER = "-25"  # ends names of those that attend to 25 % of the memory, the newest frames included
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ PRESETS: dict[str, Preset] = {
     "streammem": Preset({"policy": "proxy_query", "scope": "layer", "retrieval": "none", "positions": "original"}),
     "rekv": Preset({"policy": "full", "retrieval": "frame", "retrieval_pass": "two_pass"}, share_of="retrieved"),
 }
+_LAST = {"pooling": "softmax", "retrieval_queries": "last"}
+_WAYS: dict[str, dict[str, Any]] = {
+    "mass": {"retrieval": "mass"},
+    "mass-all": {"retrieval": "mass", "retrieval_queries": "all"},
+    **{name: {"retrieval": name} for name in ("mean_key", "frame")},
+    **{f"{name}-softmax": {"retrieval": name, "pooling": "softmax"} for name in ("mean_key", "frame")},
+    **{f"{name}-last": {"retrieval": name, **_LAST} for name in ("mean_key", "frame")},
+}
 RETRIEVALS: dict[str, dict[str, Any]] = {
     "none": {"retrieval": "none"},
-    "mean_key": {"retrieval": "mean_key", "retrieval_ratio": RETRIEVED},
-    "mean_key-softmax": {"retrieval": "mean_key", "retrieval_ratio": RETRIEVED, "pooling": "softmax"},
-    "mass": {"retrieval": "mass", "retrieval_ratio": RETRIEVED},
-    "frame": {"retrieval": "frame"},
-    "frame-softmax": {"retrieval": "frame", "pooling": "softmax"},
+    **{name + end: way for name, way in _WAYS.items() for end in ("", QUARTER)},
 }
 
 
@@ -112,12 +117,19 @@ class Setting:
             tokens = tokens_per_frame
         newest = given.get("recent_frames", Config.recent_frames)
         kept = tokens if preset.share_of == "kept" else total
-        retrieved = math.ceil(RETRIEVED * kept / tokens_per_frame)
+        ratio, frames = RETRIEVED, kept / tokens_per_frame
+        if self.retrieval.endswith(QUARTER):
+            ratio = (frames / 4 - newest) / max(frames - newest, 1)
+            if ratio <= 0:
+                raise ConfigError(
+                    f"{self.name}: a quarter of {kept} tokens is no more than the newest {newest} frame(s)"
+                )
+        retrieved = max(1, math.ceil(ratio * (frames - newest) - 1e-6))  # as `Retrieval` counts
         if preset.share_of == "retrieved":
             retrieved, kept = tokens // tokens_per_frame - newest, total
         if tokens < newest * tokens_per_frame or retrieved < 1:
             raise ConfigError(f"{self.name}: {tokens} tokens do not hold the newest {newest} frame(s), and more")
-        return Config(**{**given, "budget": tokens, "num_retrieved_frames": retrieved})
+        return Config(**{"retrieval_ratio": ratio, **given, "budget": tokens, "num_retrieved_frames": retrieved})
 
 
 def settings_of(
