@@ -135,7 +135,7 @@ def test_settings_that_do_not_exist_and_budgets_that_are_too_small(tmp_path: Pat
 
 
 @pytest.mark.parametrize("retrieval", ["mass-25", "frame-softmax-25", "mass", "frame"])
-def test_shares_that_are_attended_to(retrieval: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_that_are_attended_to(retrieval: str) -> None:
     """A quarter of the memory with the newest frame, or 40 % of the blocks beside it."""
     tiny = livevlm.load("tiny", device="cpu")
     (frames,) = (video.frames for video in generate(64, seed=3))

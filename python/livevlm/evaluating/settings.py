@@ -121,9 +121,7 @@ class Setting:
         if self.retrieval.endswith(QUARTER):
             ratio = (frames / 4 - newest) / max(frames - newest, 1)
             if ratio <= 0:
-                raise ConfigError(
-                    f"{self.name}: a quarter of {kept} tokens is no more than the newest {newest} frame(s)"
-                )
+                raise ConfigError(f"{self.name}: a quarter of {kept} tokens: only the newest {newest} frame(s)")
         retrieved = max(1, math.ceil(ratio * (frames - newest) - 1e-6))  # as `Retrieval` counts
         if preset.share_of == "retrieved":
             retrieved, kept = tokens // tokens_per_frame - newest, total
