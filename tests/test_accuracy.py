@@ -17,7 +17,7 @@ def accuracy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Of all kinds of question."""
     memories = ("novelty", "similarity", "random", "uniform", "recent")
     settings = [
-        *settings_of(["full"], [], ["none", "mean_key-softmax"], ["packed"]),
+        *settings_of(["full"], [], ["none", "mean_key-softmax", "mass-25"], ["packed"]),
         *settings_of(memories, [10.0], ["none"], ["packed"]),
     ]
     folder: Path = tmp_path_factory.mktemp("accuracy")
@@ -39,3 +39,4 @@ def test_eviction_keeps_the_answers(accuracy: dict[str, float]) -> None:
 
 def test_retrieval_keeps_the_answers(accuracy: dict[str, float]) -> None:
     assert accuracy["full + mean_key-softmax"] >= 0.88, accuracy
+    assert accuracy["full + mass-25"] >= accuracy["full"] - 0.02, accuracy

@@ -78,7 +78,7 @@ class Config:
             just chosen (as ReKV's code does). It costs a second pass.
         retrieval_queries: which queries of that pass choose. "all" of them (ReKV; LiveVLM v2 as we read it), or the
             "last" token's, which the answer is predicted from (ours; Quest, arXiv 2406.10774, also chooses by one
-            query, anew for every token). None: "last" for `mass`, else "all".
+            query, anew for every token). None: "last" for `mass` inline, else "all".
         positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
             place in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
         attention: how the memory is read. "auto": on a GPU in place, by the fused kernels of

@@ -81,7 +81,9 @@ class Retrieval:
     def by_last(self) -> bool:
         """Whether the question's last query chooses alone."""
         queries = self.config.retrieval_queries
-        return self.by_mass if queries is None else queries == "last"
+        if queries is None:
+            return self.by_mass and self.config.retrieval_pass == "inline"
+        return queries == "last"
 
     @property
     def _how(self) -> dict[str, Any]:

@@ -74,8 +74,10 @@ def synthetic(
                novelty, similarity, vision_sink, clip_merge, proxy_query:
                the same tokens in all layers; with "-layer", each its own;
                as published: livevlm, infinipot-v, streammem, rekv
-    retrieval  none, or 40 % of the memory: mass, mean_key, frame, and the
-               latter two with "-softmax"
+    retrieval  none, or 40 % of the blocks: mass (by the question's last
+               query), mass-all (by all of them), mean_key, frame, and the
+               latter two with "-softmax" (by all) or "-last" (softmax of
+               the last); with "-25" behind it a quarter of the memory
     """
     from rich.console import Console  # seconds of imports: not needed for --help
     from rich.progress import (
