@@ -20,6 +20,7 @@ BLOCK = 5
 SHAPES = [
     pytest.param((2, 20, 160, 28, 4, 128), id="7B"),
     pytest.param((3, 7, 97, 14, 2, 64), id="0.5B"),
+    pytest.param((2, 1, 97, 28, 4, 128), id="last_query"),
     pytest.param((1, 1, 1, 1, 1, 1), id="ones"),
     pytest.param((2, 3, 41, 9, 3, 17), id="group_3"),
     pytest.param((2, 4, 53, 3, 3, 5), id="group_1"),
