@@ -129,7 +129,7 @@ def test_settings_that_do_not_exist_and_budgets_that_are_too_small(tmp_path: Pat
     both = settings_of(["full", "rekv", "streammem"], [50.0, 25.0], ["none", "mean_key"], ["packed", "original"])
     assert len(both) == len(set(both)) == 2 * 2 + 2 * 2 + 2, "a preset's own retrieval, positions and budget stay"
     with pytest.raises(ConfigError, match="a quarter of 51 tokens: only the newest 1"):
-        Setting("novelty", "mass-25", "packed", 5.0).config(64, 16, clip_frames=8, seed=0, graphs="off")
+        Setting("novelty", "mass-25", "packed", 5.0).config(64, 16, clip_frames=8, seed=0)
     with pytest.raises(ConfigError, match="10 tokens do not hold the newest 1 frame"):
         compare(Plan(tuple(settings_of(["recent"], [1.0], ["none"], ["packed"])), frames=(64,)), tmp_path)
 
@@ -139,7 +139,7 @@ def test_shares_that_are_attended_to(retrieval: str) -> None:
     """A quarter of the memory with the newest frame, or 40 % of the blocks beside it."""
     tiny = livevlm.load("tiny", device="cpu")
     (frames,) = (video.frames for video in generate(64, seed=3))
-    config = Setting("novelty", retrieval, "packed", 25.0).config(64, 16, clip_frames=8, seed=0, graphs="off")
+    config = Setting("novelty", retrieval, "packed", 25.0).config(64, 16, clip_frames=8, seed=0)
     stream = livevlm.Stream(tiny.model, tiny.processor, config)
     stream.push(frames)
     memory, search = stream.cache.memory, stream.cache.retrieval
