@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/emulation/*))
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test test-kernels bench lint format clean
 
 ## make setup: a virtual environment with livevlm in it, compiled kernels included
 setup: $(VENV)/.installed
@@ -49,10 +49,13 @@ demo: $(VENV)/.demo
 	  "Did a purple triangle appear?" "What shape came before the diamond?" \
 	  "What shape came after the circle?" "What shape is at c2 now?"
 
-## make test: all tests; Triton kernels run on the CPU in the second line, CUDA kernels (if there is nvcc) in the third
+## make test: the tests, a process for each core, some minutes; those that need a GPU are skipped where there is none
 test: $(VENV)/.dev
-	$(RUN) -m pytest -q
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
+
+## make test-kernels: the kernels without a GPU: Triton's in its interpreter, CUDA's as CPU code (if there is nvcc)
+test-kernels: $(VENV)/.dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
 	! command -v nvcc || PATH="$(abspath $(VENV))/bin:$$PATH" tests/emulation/run
 
 ## make bench: every op's benchmark, on the GPU if there is one
