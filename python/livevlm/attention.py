@@ -47,7 +47,7 @@ def backend_for(config: Config, shape: KVShape, num_new: int, last_position: int
         return None if config.attention == "sdpa" else config.attention
     if shape.device.type != "cuda" or shape.dtype == torch.float32:
         return None
-    if config.positions == "original" and last_position > MOST_ANGLES:
+    if config.positions != "packed" and last_position > MOST_ANGLES:
         return None  # a table of angles must not grow with the stream
     fastest = backends("block_attention", shape.device)[0]
     if fastest == "reference":

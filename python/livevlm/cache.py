@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from livevlm import hooks
-from livevlm.attention import Read, Turn
+from livevlm.attention import MOST_ANGLES, Read, Turn
 from livevlm.buffers import BUCKETS
 from livevlm.clip_pass import Clip, remember
 from livevlm.config import Config
@@ -22,6 +20,7 @@ from livevlm.errors import ConfigError, FrameError, QuestionError, StateError
 from livevlm.generate import checked_generate
 from livevlm.graph_pool import GraphPool
 from livevlm.ingest import ClipReader
+from livevlm.live_layer import LiveLayer
 from livevlm.memory import Memory
 from livevlm.models import adapter_for
 from livevlm.policies import QueryWindow, policy_for
@@ -29,45 +28,10 @@ from livevlm.policies.history import SlotHistory
 from livevlm.replay import Replay
 from livevlm.retrieval import Retrieval
 from livevlm.rope import Rope
+from livevlm.spread import spread
 from livevlm_kernels import backends
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class KVHandle:
-    """What `update` gives to the attention function in the place of keys: a pointer, not a copy."""
-
-    cache: LiveCache
-    layer: int
-
-
-class _LiveLayer(CacheLayerMixin):
-    """One layer of a LiveCache, as transformers sees it."""
-
-    is_sliding = False
-
-    def __init__(self, cache: LiveCache, layer: int) -> None:
-        super().__init__()
-        self.handle = KVHandle(cast(Any, weakref.proxy(cache)), layer)
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the memory is allocated for all layers at once."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.handle.cache.write(self.handle.layer, key_states, value_states)
-        return self.handle, self.handle
-
-    def get_seq_length(self) -> int:
-        """Tokens of the question so far. The memory is not counted: to `generate` every question is a fresh prompt."""
-        return self.handle.cache.memory.num_new_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class LiveCache(Cache):
@@ -131,13 +95,14 @@ class LiveCache(Cache):
         refusal = self.replay.refusal()
         if self.config.graphs == "on" and refusal is not None:
             raise ConfigError(f"graphs='on' is not possible here: {refusal}; allowed: 'auto', 'off'")
-        super().__init__(layers=[_LiveLayer(self, layer) for layer in range(shape.num_layers)])
+        super().__init__(layers=[LiveLayer(self, layer) for layer in range(shape.num_layers)])
 
     def _new_memory(self) -> None:
         shape = self.adapter.kv_shape()
         room = self.config.clip_frames * self.adapter.tokens_per_frame
         bound = room if self.policy.unbounded else self.budget + room
         self.clips.forget()
+        self._num_closed_up = 0
         text = 128 + BUCKETS[-1] + self.config.max_new_tokens  # a prompt, a question and its answer
         self.memory = Memory(shape, self.retrieval.block_size, bound + text)
         history = SlotHistory(self.adapter.tokens_per_frame) if self.policy.wants_history else None
@@ -159,7 +124,7 @@ class LiveCache(Cache):
             self.begin_question()
         start = self.memory.end
         try:
-            first_position, clip = self.num_stream_tokens, self.clip
+            first_position, clip = self.next_position, self.clip
             if clip is None:
                 first_position += self.memory.num_new_tokens
             where = self.memory.begin(tokens.shape[1], first_position) if clip is None else clip.where
@@ -192,9 +157,19 @@ class LiveCache(Cache):
 
     # ---------------------------------------------------------------- writing the stream
     @property
+    def most_positions(self) -> int:
+        """At `positions="spread"`, what is read lies before this."""
+        return min(MOST_ANGLES, int(self.adapter.language_model.config.max_position_embeddings))
+
+    @property
     def num_stream_tokens(self) -> int:
-        """Tokens of prompt and video that ever went through the model; the position of the next one."""
+        """Tokens of prompt and video that ever went through the model."""
         return self.memory.num_prompt_tokens + self.num_frames * self.adapter.tokens_per_frame
+
+    @property
+    def next_position(self) -> int:
+        """What is read next stands there in the stream, at `positions="spread"` nearer."""
+        return self.num_stream_tokens - self._num_closed_up
 
     @torch.no_grad()
     def prefill_prompt(self, token_ids: Tensor) -> None:
@@ -300,7 +275,10 @@ class LiveCache(Cache):
         queries, policy = self.queries, self.policy
         if policy.asks and policy.num_video_tokens(self.memory) > self.budget:
             queries = self._asked()
+        num_read = self.num_stream_tokens + self.memory.num_new_tokens
         policy.compress(self.memory, queries, self.rope)
+        if self.config.positions == "spread" and not policy.unbounded:
+            self._num_closed_up = spread(self.memory, num_read, self.adapter.tokens_per_frame, self.most_positions)
 
     def _asked(self) -> QueryWindow:
         """The queries of the text around a question, read behind all that is there, and forgotten."""

@@ -41,7 +41,7 @@ class Clip:
 
 def facts_of(cache: LiveCache, times: Tensor) -> Tensor:
     """All that differs between clips of a size, of the next one: float64, on the host; see `describe_tokens`."""
-    start, position = cache.memory.end, cache.num_stream_tokens
+    start, position = cache.memory.end, cache.next_position
     count = times.shape[0] * cache.adapter.tokens_per_frame
     first = start if cache.config.positions == "packed" else position  # where its first query is rotated
     numbers = (start, start + count, first, count, position, cache.num_frames)

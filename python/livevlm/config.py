@@ -80,7 +80,9 @@ class Config:
             "last" token's, which the answer is predicted from (ours; Quest, arXiv 2406.10774, also chooses by one
             query, anew for every token). None: "last" for `mass` inline, else "all".
         positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
-            place in the stream. Keys are stored un-rotated, so this is a choice of reading, not of writing.
+            place in the stream, whatever the model was trained with; "spread": so while the stream is short enough,
+            then nearer together, in proportion, so that no position exceeds the model's `max_position_embeddings`
+            (ours). Keys are stored un-rotated, so this is a choice of reading, not of writing.
         attention: how the memory is read. "auto": on a GPU in place, by the fused kernels of
             `livevlm_kernels.block_attention`, for 16-bit models, where that is the fastest (with heads of other sizes
             than 64 and 128: for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").

@@ -126,7 +126,7 @@ def _replayed(
 ) -> Iterator[int]:
     """The next token is computed while the newest one is on its way to the host; one too many is forgotten."""
     replay, memory, want_mass = cache.replay, cache.memory, turn.want_mass
-    buffers, start, position = replay.buffers, memory.end, cache.num_stream_tokens
+    buffers, start, position = replay.buffers, memory.end, cache.next_position
     assert buffers is not None
     turn.want_mass = False
     if cache.retrieval.is_needed(memory):

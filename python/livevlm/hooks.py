@@ -17,7 +17,7 @@ from livevlm.errors import StateError
 from livevlm.rope import IdentityRope
 
 if TYPE_CHECKING:
-    from livevlm.cache import KVHandle
+    from livevlm.live_layer import KVHandle
 
 ATTENTION = "livevlm"  # no mask function has this name, so transformers builds no mask for it
 

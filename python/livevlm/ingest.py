@@ -151,7 +151,7 @@ class ClipReader:
             why: by no replay in any case.
         """
         cache, layers, captured = self.cache, self.layers(), None
-        num_tokens, last = where.stop - where.start, cache.num_stream_tokens + where.stop - where.start
+        num_tokens, last = where.stop - where.start, cache.next_position + where.stop - where.start
         why = why or self._unknown
         if not why and backend_for(cache.config, cache.memory.shape, num_tokens, last) is None:
             why = "the memory is not read in place: see Config.attention"

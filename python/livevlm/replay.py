@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from livevlm.attention import MOST_ANGLES
+from livevlm.attention import MOST_ANGLES, angles_for
 from livevlm.buffers import BUCKETS, Buffers, Choice, Place
 from livevlm.decoder import Decoder, State
 from livevlm.errors import ModelError
@@ -85,9 +85,9 @@ class Replay:
         reason = self.refusal()
         if reason is None and longest > BUCKETS[-1]:
             reason = f"a question of {longest} tokens, more than {BUCKETS[-1]}"
-        config, last_position = self.cache.config, self.cache.num_stream_tokens + longest + max_new_tokens
-        if reason is None and config.positions == "original" and last_position > MOST_ANGLES:
-            reason = "positions='original' of so long a stream"
+        config, last_position = self.cache.config, self.cache.next_position + longest + max_new_tokens
+        if reason is None and config.positions != "packed" and last_position > MOST_ANGLES:
+            reason = f"positions={config.positions!r} of so long a stream"
         if reason is None and self.capture and torch.cuda.is_current_stream_capturing():
             reason = "another graph is being captured"
         if reason is not None:
@@ -184,11 +184,8 @@ class Replay:
         """Makes buffers and forgets all graphs, if anything they refer to has moved."""
         cache = self.cache
         adapter, memory, shape = cache.adapter, cache.memory, cache.memory.shape
-        if cache.config.positions == "packed":
-            num_positions = memory.num_slots
-        else:
-            num_positions = min(cache.num_stream_tokens + BUCKETS[-1] + max_new_tokens, MOST_ANGLES)
-        angles = cache.rope.table(num_positions, shape.dtype, shape.device)
+        last_position = min(cache.next_position + BUCKETS[-1] + max_new_tokens, MOST_ANGLES)
+        angles = angles_for(cache.config, memory, cache.rope, last_position)
         assert self._layers is not None
         held = [memory.k, memory.v, memory.position, angles, adapter.inner.image_newline]
         if cache.config.retrieval != "none":

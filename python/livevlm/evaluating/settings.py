@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from livevlm.config import Config
 from livevlm.errors import ConfigError
+from livevlm.types import Positions
 
 RETRIEVED = 0.4  # share of the blocks that a retrieval attends to (LiveVLM v2)
 QUARTER = "-25"  # ends names of those that attend to 25 % of the memory, the newest frames included
@@ -139,7 +140,7 @@ def settings_of(
         ConfigError: an unknown name, or a budget that is not above 0 and at most 100.
     """
     known = ((presets, PRESETS, "settings"), (retrievals, RETRIEVALS, "retrieval"))
-    for names, allowed, what in (*known, (positions, ("packed", "original"), "positions")):
+    for names, allowed, what in (*known, (positions, get_args(Positions), "positions")):
         for name in names:
             if name not in allowed:
                 raise ConfigError(f"{what} {name!r}: allowed are {', '.join(allowed)}")

@@ -29,11 +29,12 @@ class Random(Policy):
     def compress(self, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
         if self.num_video_tokens(memory) <= self.budget:
             return
-        position = memory.video(memory.position).long()
-        layer = torch.arange(position.shape[0], device=position.device)[:, None]
+        frame, slot = (memory.video(tensor).long() for tensor in (memory.frame, memory.slot))
+        place = frame * self.tokens_per_frame + slot  # in the stream; positions may change
+        layer = torch.arange(place.shape[0], device=place.device)[:, None]
         if self.config.scope == "shared":
             layer = torch.zeros_like(layer)
-        lots = _mixed((_mixed(position & _WORD) + _mixed(layer + 1) + self.config.policy_seed * 0x9E3779B1) & _WORD)
+        lots = _mixed((_mixed(place & _WORD) + _mixed(layer + 1) + self.config.policy_seed * 0x9E3779B1) & _WORD)
         scores = -lots.float()  # low lots, since floats are fine there: of many tokens few have equal ones
         scores[:, scores.shape[1] - self.recent :] = torch.inf
         indices, _ = select_tokens(scores, self.budget)
