@@ -3,7 +3,7 @@
 
     python examples/train_tiny/evaluate.py FOLDER [--frames 32 64 128 256 1024] [--videos 64]
 
-The eight old kinds are asked about plain videos, the same ones that `bench/answers.py` streams; the new kinds about
+The eight old kinds are asked about plain videos, of seeds that nothing else uses; the new kinds about
 videos made for them. Writes FOLDER/eval.json. Without FOLDER: the embedded checkpoint, and the table is only printed.
 """
 

@@ -275,9 +275,9 @@ class LiveCache(Cache):
         queries, policy = self.queries, self.policy
         if policy.asks and policy.num_video_tokens(self.memory) > self.budget:
             queries = self._asked()
-        num_read = self.num_stream_tokens + self.memory.num_new_tokens
+        num_read, moves = self.num_stream_tokens + self.memory.num_new_tokens, self.memory.num_moves
         policy.compress(self.memory, queries, self.rope)
-        if self.config.positions == "spread" and not policy.unbounded:
+        if self.config.positions == "spread" and self.memory.num_moves != moves:
             self._num_closed_up = spread(self.memory, num_read, self.adapter.tokens_per_frame, self.most_positions)
 
     def _asked(self) -> QueryWindow:

@@ -15,9 +15,8 @@ from livevlm.errors import FrameError
 from livevlm.frames import as_frames
 from livevlm.processing import Processor
 
-ALONE = (
-    2**23
-)  # bytes that one thread copies: torch would wake many for it, and a busy one of these can take milliseconds
+# Bytes that one thread copies: torch would wake many for them, and a busy one of these can take milliseconds.
+ALONE = 2**23
 NUM_BUFFERS = 4  # of pinned memory: so many frames may be on their way to the GPU
 
 

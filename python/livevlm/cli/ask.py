@@ -37,6 +37,24 @@ def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 CHECKPOINTS = "[default: the checkpoint's]"
+MODEL = click.option(
+    "--model",
+    "name",
+    default="tiny",
+    show_default=True,
+    metavar="PATH|tiny",
+    help="Checkpoint: a folder, a hub name, or the embedded tiny model.",
+)
+POLICY = click.option(
+    "--policy",
+    type=click.Choice(get_args(PolicyName)),
+    help=f"How the memory is kept within its budget.  {CHECKPOINTS}",
+)
+RETRIEVAL = click.option(
+    "--retrieval",
+    type=click.Choice(get_args(RetrievalName)),
+    help=f"What a question attends to.  {CHECKPOINTS}",
+)
 
 
 @click.command()
@@ -50,29 +68,14 @@ CHECKPOINTS = "[default: the checkpoint's]"
     metavar="TIME QUESTION",
     help="Ask in mid-stream, e.g. --at 00:42 'what is on the table?'. May be repeated.",
 )
-@click.option(
-    "--model",
-    "name",
-    default="tiny",
-    show_default=True,
-    metavar="PATH|tiny",
-    help="Checkpoint: a folder, a hub name, or the embedded tiny model.",
-)
-@click.option(
-    "--policy",
-    type=click.Choice(get_args(PolicyName)),
-    help=f"How the memory is kept within its budget.  {CHECKPOINTS}",
-)
+@MODEL
+@POLICY
 @click.option(
     "--budget",
     metavar="N|P%|SIZE",
     help=f"Memory: tokens (12000), share of the video (25%), bytes (2GiB).  {CHECKPOINTS}",
 )
-@click.option(
-    "--retrieval",
-    type=click.Choice(get_args(RetrievalName)),
-    help=f"What a question attends to.  {CHECKPOINTS}",
-)
+@RETRIEVAL
 @click.option("--fps", type=float, default=1.0, show_default=True, help="Frames a second that are looked at.")
 @click.option("--for", "seconds", type=TimeType(), help="Stop watching after this time (for cameras).")
 @click.option(

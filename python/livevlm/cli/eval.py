@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from livevlm.cli.ask import CHECKPOINTS, one_line_errors
+from livevlm.cli.ask import CHECKPOINTS, MODEL, POLICY, RETRIEVAL, one_line_errors
 from livevlm.cli.eval_synthetic import synthetic
-from livevlm.types import PolicyName, RetrievalName
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 TITLES = {
@@ -52,29 +51,14 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
                 "--annotations", type=file_in, multiple=True, help="Annotation file, where it is not found by name."
             ),
             click.option("--videos", type=folder_in, multiple=True, help="More folders in which videos lie."),
-            click.option(
-                "--model",
-                "name",
-                default="tiny",
-                show_default=True,
-                metavar="PATH|tiny",
-                help="Checkpoint: a folder, a hub name, or the embedded tiny model.",
-            ),
-            click.option(
-                "--policy",
-                type=click.Choice(get_args(PolicyName)),
-                help=f"How the memory is kept within its budget.  {CHECKPOINTS}",
-            ),
+            MODEL,
+            POLICY,
             click.option(
                 "--budget",
                 metavar="N|P%|SIZE",
                 help=f"Memory: tokens (12000), share of each video (25%), bytes (2GiB).  {CHECKPOINTS}",
             ),
-            click.option(
-                "--retrieval",
-                type=click.Choice(get_args(RetrievalName)),
-                help=f"What a question attends to.  {CHECKPOINTS}",
-            ),
+            RETRIEVAL,
             click.option(
                 "--set",
                 "changes",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,13 +83,14 @@ class _Vision:
     def __init__(self, stream: Stream, embeddings: Embeddings) -> None:
         adapter = stream.cache.adapter
         self.embeddings, self.clip, self.seconds = embeddings, (0, 0), 0.0
-        self._embed = adapter.embed_frames
+        # No cycle: a stream that was watched lets go of its memory.
+        self._embed, self._adapter = type(adapter).embed_frames, weakref.proxy(adapter)
         adapter.embed_frames = self  # type: ignore[method-assign]
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         began = _now(pixel_values)
         if self.clip not in self.embeddings:
-            self.embeddings[self.clip] = self._embed(pixel_values)
+            self.embeddings[self.clip] = self._embed(self._adapter, pixel_values)
         self.seconds += _now(pixel_values) - began
         return self.embeddings[self.clip]
 
