@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class SlotHistory:
-    """Mean un-rotated key of every patch slot over all frames of a stream, in each layer.
+    """Mean value of every patch slot over all frames of a stream, in each layer.
 
     A clip counts from when it is `observe`d; `rollback` forgets it again, `commit` makes it stay.
     """
@@ -18,9 +18,9 @@ class SlotHistory:
         self._mean: Tensor | None = None
         self._new: tuple[Tensor, int] | None = None  # the mean with the clip that is not committed yet
 
-    def observe(self, k: Tensor) -> None:
-        """Takes the keys of whole frames, `[num_layers, num_tokens, num_kv_heads, head_dim]`, into account."""
-        frames = k.unflatten(1, (-1, self.tokens_per_frame))
+    def observe(self, v: Tensor) -> None:
+        """Takes the values of whole frames, `[num_layers, num_tokens, num_kv_heads, head_dim]`, into account."""
+        frames = v.unflatten(1, (-1, self.tokens_per_frame))
         count = frames.shape[1]
         mean = frames.mean(1, dtype=torch.float32)
         if self._mean is not None:
@@ -39,3 +39,19 @@ class SlotHistory:
         mean = self._mean if self._new is None else self._new[0]
         assert mean is not None, "a frame was seen"
         return mean
+
+
+def previous_in_slot(slots: Tensor) -> Tensor:
+    """Of each token, the index of the last one before it in its slot; -1 if there is none, or it has no slot.
+
+    Args:
+        slots: int32 `[num_layers, num_tokens]`; no slot below 0.
+
+    Returns:
+        int32, as `slots`.
+    """
+    order = slots.argsort(dim=1, stable=True)
+    of = slots.gather(1, order)
+    before = torch.full_like(order, -1)
+    before[:, 1:] = torch.where((of[:, 1:] == of[:, :-1]) & (of[:, 1:] >= 0), order[:, :-1], -1)
+    return torch.empty_like(order).scatter_(1, order, before).to(torch.int32)
