@@ -67,9 +67,7 @@ def score_novelty(
     return change.view(*lead, seq_len), step.view(*lead, seq_len)
 
 
-def _fake(
-    x: Tensor, usual: Tensor, slots: Tensor, previous: Tensor, seq_lens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, usual: Tensor, slots: Tensor, previous: Tensor, seq_lens: Tensor | None) -> tuple[Tensor, Tensor]:
     shape = x.shape[:2]
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
 

@@ -12,7 +12,7 @@ def previous_in_slot(slots: Tensor) -> Tensor:
 
     `slots` is `[num_rows, n]`, of any integers; the result int32 `[num_rows, n]`.
     """
-    slot, order = slots.sort(-1, stable=True)
+    slot, order = slots.sort(stable=True, dim=-1)
     same = (slot[:, 1:] == slot[:, :-1]) & (slot[:, 1:] >= 0)
     before = torch.where(same, order[:, :-1], -1)
     return torch.full_like(order, -1).scatter(1, order[:, 1:], before).int()
