@@ -49,7 +49,8 @@ struct NoveltyShare {
   }
 };
 
-// Lists the block's tokens among the kScanned from `start` on, in order; returns how many.
+// Lists the block's tokens among the kScanned from `start` on, in order; returns how many. The list may still
+// be in use by other threads: none writes to it before all have come to the scan.
 __device__ __forceinline__ uint32_t find_tokens(const NoveltyKernel& p, const NoveltyShare& share,
                                                 int64_t start, int32_t* list) {
   const int32_t* slots = p.op.slots + share.batch * p.op.seq_len;
@@ -165,7 +166,6 @@ __global__ void __launch_bounds__(kNoveltyThreads, 6)
       next[0] = tokens_at(place), next[1] = tokens_at(place + 1);
       compare_tokens<T, kSize, kLanes>(p, share, now);
     }
-    __syncthreads();  // the list is written anew
   }
 }
 
