@@ -133,11 +133,11 @@ def test_bad_settings(settings: dict[str, Any], says: str) -> None:
 
 
 def test_budgets_that_hold_too_little(tiny: livevlm.Checkpoint) -> None:
-    with pytest.raises(ConfigError, match=r"budget=31 tokens is too small.* at least 32"):
-        Stream(*tiny[:2], Config(policy="recent", budget=31))
+    with pytest.raises(ConfigError, match=r"budget=15 tokens is too small.* at least 16"):
+        Stream(*tiny[:2], Config(policy="recent", budget=15))
     with pytest.raises(ConfigError, match=r"max_memory='10KB' .* is too small"):
         Stream(*tiny[:2], Config(policy="recent", max_memory="10KB"))
-    Stream(*tiny[:2], Config(policy="recent", budget=32))
+    Stream(*tiny[:2], Config(policy="recent", budget=16))
 
 
 def test_sizes_in_bytes() -> None:

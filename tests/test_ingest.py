@@ -62,7 +62,7 @@ def stream_of(**settings: Any) -> Stream:
     return stream
 
 
-@pytest.mark.parametrize("positions", ["packed", "original"])
+@pytest.mark.parametrize("positions", ["packed", "original", "spread"])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_clips_of_a_size_are_replayed(policy: str, positions: str) -> None:
     """From the third of a size on, however full the memory is."""

@@ -37,7 +37,7 @@ def stream_of(tiny: livevlm.Checkpoint, **settings: object) -> Stream:
     return Stream(tiny.model, tiny.processor, dataclasses.replace(tiny.config, **defaults | settings))
 
 
-@pytest.mark.parametrize("positions", ["packed", "original"])
+@pytest.mark.parametrize("positions", ["packed", "original", "spread"])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_replayed_clips_give_the_same_bits(
     tiny: livevlm.Checkpoint, frames: torch.Tensor, policy: str, positions: str

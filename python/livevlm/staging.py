@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from livevlm.errors import FrameError
 from livevlm.frames import as_frames
 from livevlm.processing import Processor
 
+ALONE = (
+    2**23
+)  # bytes that one thread copies: torch would wake many for it, and a busy one of these can take milliseconds
 NUM_BUFFERS = 4  # of pinned memory: so many frames may be on their way to the GPU
 
 
@@ -36,7 +40,10 @@ class Pinned:
         is_last = last.is_contiguous()
         source = last if is_last else frames
         part = buffer[: frames.numel()].view(source.shape)
-        part.copy_(source)
+        if part.numel() <= ALONE:
+            np.copyto(part.numpy(), source.numpy())
+        else:
+            part.copy_(source)
         moved = part.to(self.device, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))

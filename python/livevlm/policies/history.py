@@ -7,6 +7,17 @@ import torch
 from torch import Tensor
 
 
+def previous_in_slot(slots: Tensor) -> Tensor:
+    """Index of the last earlier token with the same slot in its row; -1 if there is none, or the slot is negative.
+
+    `slots` is `[num_rows, n]`, of any integers; the result int32 `[num_rows, n]`.
+    """
+    slot, order = slots.sort(stable=True, dim=-1)
+    same = (slot[:, 1:] == slot[:, :-1]) & (slot[:, 1:] >= 0)
+    before = torch.where(same, order[:, :-1], -1)
+    return torch.full_like(order, -1).scatter(1, order[:, 1:], before).int()
+
+
 class SlotHistory:
     """Mean value of every patch slot over all frames of a stream, in each layer.
 
