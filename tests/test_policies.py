@@ -107,8 +107,8 @@ def mean_of(cache: LiveCache) -> torch.Tensor:
 
 
 def test_novelty_remembers_frames_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean is that of the values of all frames ever read, in whatever clips they came; a clip that fails after it was
-    read is not among them, and neither is a stream before this one."""
+    """The mean is that of the values of all frames ever read, in whatever clips they came; a clip that fails after it
+    was read is not among them, and neither is a stream before this one."""
     frames, sizes, values = pixels(60, 1), (5, 8, 20, 8, 18, 1), []
     caches = [watched(0, policy="novelty", scope="shared", clip=20, budget=16) for _ in range(2)]
     compress = type(caches[0].policy).compress

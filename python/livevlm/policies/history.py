@@ -50,19 +50,3 @@ class SlotHistory:
         mean = self._mean if self._new is None else self._new[0]
         assert mean is not None, "a frame was seen"
         return mean
-
-
-def previous_in_slot(slots: Tensor) -> Tensor:
-    """Of each token, the index of the last one before it in its slot; -1 if there is none, or it has no slot.
-
-    Args:
-        slots: int32 `[num_layers, num_tokens]`; no slot below 0.
-
-    Returns:
-        int32, as `slots`.
-    """
-    order = slots.argsort(dim=1, stable=True)
-    of = slots.gather(1, order)
-    before = torch.full_like(order, -1)
-    before[:, 1:] = torch.where((of[:, 1:] == of[:, :-1]) & (of[:, 1:] >= 0), order[:, :-1], -1)
-    return torch.empty_like(order).scatter_(1, order, before).to(torch.int32)

@@ -33,9 +33,7 @@ class Novelty(Policy):
             return
         assert queries.history is not None
         slots = memory.video(memory.slot)
-        change, step = score_novelty(
-            memory.video(memory.v), queries.history.mean(), slots, previous_in_slot(slots)
-        )
+        change, step = score_novelty(memory.video(memory.v), queries.history.mean(), slots, previous_in_slot(slots))
         unit = change.mean(1, keepdim=True)
         scores = torch.stack((change / unit, step / unit))
         if self.config.scope == "shared":
