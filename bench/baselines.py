@@ -78,6 +78,14 @@ def score_redundancy(
     return similarity.mean(-1), value_norm.mean(-1)
 
 
+def score_novelty(x: Tensor, usual: Tensor, slots: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows are gathered and subtracted; every token has a slot, and -1 stands for the last token."""
+    own = x.flatten(2).float()
+    change = own - take(usual.flatten(2), slots)
+    step = own - take(x.flatten(2), previous)
+    return torch.linalg.vector_norm(change, dim=-1), torch.linalg.vector_norm(step, dim=-1)
+
+
 def infinipot_v_scores(k: Tensor, v: Tensor, num_recent_frames: int, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
     """TaR and VaN of InfiniPot-V (arXiv 2506.15745) for whole frames, `[B, H, L]`: the cosine of every key to the same
     patch's in each recent frame, mean over these; norms of the values. TaR keeps what has the lowest. Left out: its

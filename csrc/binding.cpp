@@ -24,6 +24,7 @@ void register_ops(torch::stable::detail::StableLibrary& library) {
   LIVEVLM_IMPL(merge_tokens);
   LIVEVLM_IMPL(quantize_blocks);
   LIVEVLM_IMPL(retrieve_blocks);
+  LIVEVLM_IMPL(score_novelty);
   LIVEVLM_IMPL(score_redundancy);
   LIVEVLM_IMPL(score_tokens);
   LIVEVLM_IMPL(select_tokens);

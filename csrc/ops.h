@@ -25,6 +25,9 @@ std::tuple<Tensor, Tensor> score_redundancy(const Tensor& k, const Tensor& v, co
                                             const Tensor& slots, const std::optional<Tensor>& seq_lens,
                                             bool per_head);
 
+std::tuple<Tensor, Tensor> score_novelty(const Tensor& x, const Tensor& usual, const Tensor& slots,
+                                         const Tensor& previous, const std::optional<Tensor>& seq_lens);
+
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores, const std::optional<Tensor>& seq_lens,
                                          const std::optional<Tensor>& buckets, int64_t budget,
                                          int64_t num_top, int64_t num_buckets, int64_t bucket_capacity);

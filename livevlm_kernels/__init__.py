@@ -13,6 +13,7 @@ from livevlm_kernels.merge_states import merge_states
 from livevlm_kernels.merge_tokens import merge_tokens
 from livevlm_kernels.quantize_blocks import QuantizedBlocks, quantize_blocks
 from livevlm_kernels.retrieve_blocks import retrieve_blocks
+from livevlm_kernels.score_novelty import score_novelty
 from livevlm_kernels.score_redundancy import score_redundancy
 from livevlm_kernels.score_tokens import score_tokens
 from livevlm_kernels.select_tokens import select_tokens
@@ -33,6 +34,7 @@ __all__ = [
     "merge_tokens",
     "quantize_blocks",
     "retrieve_blocks",
+    "score_novelty",
     "score_redundancy",
     "score_tokens",
     "select_tokens",

@@ -54,6 +54,8 @@ def arguments(op):
         "summarize_blocks": {"k": k, "block_size": 16},
         "score_tokens": {"q": q, "k": k, "reduction": "layer"},
         "score_redundancy": {"k": k, "v": v, "recent_k": k[:, -FRAME:].unflatten(1, (1, FRAME)), "slots": slots},
+        "score_novelty": {"x": v, "usual": randn(LAYERS, FRAME, HEADS, DIM).float(), "slots": slots,
+                          "previous": (torch.arange(TOKENS, dtype=torch.int32) - FRAME).repeat(LAYERS, 1)},
         "select_tokens": {"scores": torch.rand(LAYERS, TOKENS), "budget": TOKENS // 2, "scatter_ratio": 0.5},
         "compact_tokens": {"tensors": [k, v, slots], "indices": half},
         "evict_similar": {
@@ -103,7 +105,7 @@ def test_op(benchmark, op, backend):
 # ---------------------------------------------------------------- what the ops are compared with
 def test_baselines_compute_what_the_ops_do():
     by_hand, shapes = load("baselines"), load("shapes")
-    given = {op: arguments(op) for op in ("score_tokens", "score_redundancy", "select_tokens", "summarize_blocks")}
+    given = {op: arguments(op) for op in _registry.ops()}
     for reduction in ("layer", "shared"):
         rope = {
             "positions": torch.arange(TOKENS, dtype=torch.int32).repeat(LAYERS, 1),
@@ -118,6 +120,8 @@ def test_baselines_compute_what_the_ops_do():
         if per_head:
             peer = by_hand.infinipot_v_scores(options["k"], options["v"], 1, FRAME)
             same(peer, expected, atol=1e-2)
+    given["score_novelty"]["previous"] %= TOKENS  # every token has one
+    same(by_hand.score_novelty(**given["score_novelty"]), livevlm_kernels.score_novelty(**given["score_novelty"]))
     for ratio in (0.0, 0.3, 0.5):
         scores = given["select_tokens"]["scores"].clone()
         scores[:, -5:] = torch.inf

@@ -20,6 +20,7 @@ from livevlm_kernels import _native, env
 COMPILED = [
     "summarize_blocks",
     "score_tokens",
+    "score_novelty",
     "score_redundancy",
     "select_tokens",
     "compact_tokens",

@@ -18,6 +18,7 @@ from livevlm_kernels import BackendError, _registry
 LENS = torch.tensor([20, 7], dtype=torch.int32)
 SLOTS = (torch.arange(20) % 4).int().repeat(2, 1)
 INDICES = torch.tensor([[1, 3, 4, 10, 11, 19], [0, 2, 5, -1, -1, -1]], dtype=torch.int32)
+PREVIOUS = (torch.arange(20) - 4).int().repeat(2, 1)
 POSITIONS = torch.arange(20).repeat(2, 1)
 CACHE = torch.randn(64, 8)
 TABLE = torch.tensor([[3, 1, -1], [0, 2, 4]], dtype=torch.int32)
@@ -52,6 +53,10 @@ def calls(op):
         "score_redundancy": [
             {"k": k, "v": v, "recent_k": randn(2, 3, 4, 2, 8), "slots": SLOTS},
             {"k": k, "v": v, "recent_k": randn(2, 1, 4, 2, 8), "slots": SLOTS, "seq_lens": LENS, "per_head": False},
+        ],
+        "score_novelty": [
+            {"x": k, "usual": randn(2, 4, 2, 8), "slots": SLOTS, "previous": PREVIOUS},
+            {"x": k, "usual": randn(2, 4, 2, 8), "slots": SLOTS, "previous": PREVIOUS, "seq_lens": LENS},
         ],
         "select_tokens": [
             {"scores": randn(2, 20), "budget": 6},

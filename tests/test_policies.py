@@ -83,16 +83,21 @@ def test_keys_move_with_their_facts() -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "shared"])
 def test_novelty_keeps_what_its_slot_is_not_used_to(scope: str) -> None:
-    """By definition: cosines to the mean key of the slot over all frames that were seen, the one dropped included."""
+    """By definition: distances to the mean value of the slot over all frames that were seen, those dropped included,
+    and to the token before in the slot."""
     full = watched(50, policy="full", clip=50)
     cache = watched(50, policy="novelty", scope=scope, clip=50)  # one clip: both read the same context
     memory = full.memory
-    keys = memory.video(memory.k).double().unflatten(1, (-1, TOKENS))
-    likeness = torch.cosine_similarity(keys, keys.mean(1, keepdim=True), dim=-1).mean(-1).flatten(1)
+    values = memory.video(memory.v).double().unflatten(1, (-1, TOKENS)).flatten(3)
+    change = (values - values.mean(1, keepdim=True)).norm(dim=-1)
+    step = torch.full_like(change, torch.inf)
+    step[:, 1:] = (values[:, 1:] - values[:, :-1]).norm(dim=-1)
+    both = torch.stack((change, step)).flatten(2) / change.flatten(1).mean(1, keepdim=True)
     if scope == "shared":
-        likeness = likeness.mean(0, keepdim=True).repeat(3, 1)
-    likeness[:, -2 * TOKENS :] = -2
-    expected = likeness.argsort(1)[:, :64].sort(1).values
+        both = both.mean(1, keepdim=True).repeat(1, 3, 1)
+    novelty = both.amin(0)
+    novelty[:, -2 * TOKENS :] = 99
+    expected = novelty.argsort(1, descending=True)[:, :64].sort(1).values
     assert torch.equal(kept(cache, "position").long() - len(PROMPT), expected)
 
 
@@ -102,14 +107,14 @@ def mean_of(cache: LiveCache) -> torch.Tensor:
 
 
 def test_novelty_remembers_frames_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean is that of the keys of all frames ever read, in whatever clips they came; a clip that fails after it was
-    read is not among them, and neither is a stream before this one."""
-    frames, sizes, keys = pixels(60, 1), (5, 8, 20, 8, 18, 1), []
+    """The mean is that of the values of all frames ever read, in whatever clips they came; a clip that fails after it
+    was read is not among them, and neither is a stream before this one."""
+    frames, sizes, values = pixels(60, 1), (5, 8, 20, 8, 18, 1), []
     caches = [watched(0, policy="novelty", scope="shared", clip=20, budget=16) for _ in range(2)]
     compress = type(caches[0].policy).compress
 
     def noting(self: Policy, memory: Memory, *args: Any) -> None:
-        keys.append(memory.k[:, memory.video_end : memory.end].clone())
+        values.append(memory.v[:, memory.video_end : memory.end].clone())
         compress(self, memory, *args)
 
     def failing(*args: Any) -> None:
@@ -129,8 +134,8 @@ def test_novelty_remembers_frames_that_are_gone(monkeypatch: pytest.MonkeyPatch)
                     patch.setattr(type(cache.policy), "compress", noting)
                 cache.push(part, times(len(part), start))
         start += len(part)
-    expected = torch.cat(keys, 1).unflatten(1, (-1, TOKENS)).double().mean(1)
-    assert torch.cat(keys, 1).shape[1] == 60 * TOKENS
+    expected = torch.cat(values, 1).unflatten(1, (-1, TOKENS)).double().mean(1)
+    assert torch.cat(values, 1).shape[1] == 60 * TOKENS
     torch.testing.assert_close(mean_of(caches[0]).double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(mean_of(caches[0]), mean_of(caches[1]))
     caches[0].reset()

@@ -93,6 +93,34 @@ def test_score_redundancy(heads, dim, dtype, per_head, arch):
 
 
 @each_arch
+@each_dtype
+@each_model
+def test_score_novelty(heads, dim, dtype, arch):
+    from livevlm_kernels.triton.score_novelty import score_novelty_kernel
+    from livevlm_kernels.triton.score_redundancy import tile_of
+
+    tile_tokens, tile_dim, num_warps = tile_of(13_568, dim)
+    compiled = compile_kernel(
+        score_novelty_kernel,
+        arch,
+        num_warps,
+        **dict.fromkeys(("slots", "previous", "seq_lens"), "*i32!"),
+        **{"x": f"*{dtype}!", "usual": "*fp32!", "change": "*fp32!", "step": "*fp32!"},
+        **dict.fromkeys(("seq_len", "tokens_per_frame", "num_tiles"), "i32"),
+        **strides("x", "batch", "token", "head", "dim"),
+        **strides("usual", "batch", "token", "head", "dim"),
+        **strides("slots", "batch", "token"),
+        **strides("previous", "batch", "token"),
+        HEADS=heads,
+        DIM=dim,
+        TILE_TOKENS=tile_tokens,
+        TILE_DIM=tile_dim,
+        HAS_SEQ_LENS=True,
+    )
+    check(compiled)
+
+
+@each_arch
 @pytest.mark.parametrize("integer", ["i8", "i16", "i32", "i64"])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_compact_tokens(dims, integer, arch):

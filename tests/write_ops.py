@@ -43,8 +43,10 @@ def make(call: Call, shape: tuple[int, int, int, int], dtype: torch.dtype, devic
         "k": lambda: torch.randn(shape).to(dtype),
         "v": lambda: torch.randn(shape).to(dtype),
         "recent_k": lambda: torch.randn(batch, FRAMES, patches, heads, dim).to(dtype),
+        "usual": lambda: torch.randn(batch, patches, heads, dim),
         "scores": lambda: torch.randn(batch, length).to(dtype),
         "slots": lambda: torch.randint(-1, patches, (batch, length), dtype=torch.int32),
+        "previous": lambda: torch.randint(-1, length, (batch, length), dtype=torch.int32),
         "groups": lambda: torch.randint(-1, count, (batch, length), dtype=torch.int32),
         "positions": lambda: torch.randint(0, 500, (batch, length), dtype=torch.int32),
         "indices": lambda: ascending((batch,), length, count),
@@ -74,6 +76,10 @@ def score_rotated(backend: str, q: Tensor, k: Tensor, positions: Tensor) -> list
 
 def redundancy(backend: str, **inputs: Tensor) -> list[Tensor]:
     return [*lk.score_redundancy(**inputs, backend=backend)]
+
+
+def novelty(backend: str, k: Tensor, usual: Tensor, **inputs: Tensor) -> list[Tensor]:
+    return [*lk.score_novelty(k, usual, **inputs, backend=backend)]
 
 
 def select(backend: str, scores: Tensor, seq_lens: Tensor) -> list[Tensor]:
@@ -115,6 +121,7 @@ CALLS = {
     "score": Call("score_tokens", ("q", "k", "seq_lens"), score),
     "score_rotated": Call("score_tokens", ("q", "k", "positions"), score_rotated),
     "redundancy": Call("score_redundancy", ("k", "v", "recent_k", "slots", "seq_lens"), redundancy),
+    "novelty": Call("score_novelty", ("k", "usual", "slots", "previous", "seq_lens"), novelty),
     "select": Call("select_tokens", ("scores", "seq_lens"), select, exact=True),
     "compact": Call("compact_tokens", ("k", "v", "indices"), compact, exact=True),
     "compact_heads": Call("compact_tokens", ("k", "v", "head_indices"), compact_heads, exact=True),

@@ -290,7 +290,7 @@ class LiveCache(Cache):
         self._observe = window.observe
         try:
             remember(self, embeds)
-            window.expect(self.memory.k[:, start : self.memory.end])
+            window.expect(self.memory.v[:, start : self.memory.end])
         finally:
             self._observe, self.memory.end = None, start
         return window

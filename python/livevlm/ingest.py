@@ -78,7 +78,7 @@ class ClipReader:
         memory.reserve(num_tokens)  # a graph can't
         where = memory.open(num_tokens)
         why_kept = self._keep(embeds, facts, where, why)
-        self.cache.queries.expect(memory.k[:, where])
+        self.cache.queries.expect(memory.v[:, where])
         if frames.is_cuda:
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(frames.device))

@@ -40,15 +40,15 @@ class QueryWindow:
             q = q[-self.capacity :]
             self._new[layer, self.capacity - q.shape[0] :] = q.detach()
 
-    def expect(self, k: Tensor) -> None:
-        """The queries of a clip with these keys were observed, by a CUDA graph perhaps; `commit` makes them count.
+    def expect(self, v: Tensor) -> None:
+        """The queries of a clip with these values were observed, by a CUDA graph perhaps; `commit` makes them count.
 
         Args:
-            k: un-rotated, of whole frames, `[num_layers, num_tokens, num_kv_heads, head_dim]`.
+            v: of whole frames, `[num_layers, num_tokens, num_kv_heads, head_dim]`.
         """
-        self._num_new = min(self.capacity, k.shape[1])
+        self._num_new = min(self.capacity, v.shape[1])
         if self.history is not None:
-            self.history.observe(k)
+            self.history.observe(v)
 
     def rollback(self) -> None:
         self._num_new = 0
