@@ -122,12 +122,12 @@ def test_settings_that_do_not_exist_and_budgets_that_are_too_small(tmp_path: Pat
         (["fulll"], [25.0], ["none"], ["packed"], "settings 'fulll': allowed are full, blind"),
         (["full"], [0.0], ["none"], ["packed"], "budget 0.0 must be above 0"),
         (["full"], [25.0], ["mean"], ["packed"], "retrieval 'mean': allowed are none"),
-        (["full"], [25.0], ["none"], ["there"], "positions 'there': allowed are packed"),
+        (["full"], [25.0], ["none"], ["there"], "positions 'there': allowed are spread"),
     ):
         with pytest.raises(ConfigError, match=said):
             settings_of(names, budgets, retrieval, positions)
     both = settings_of(["full", "rekv", "streammem"], [50.0, 25.0], ["none", "mean_key"], ["packed", "original"])
-    assert len(both) == len(set(both)) == 2 * 2 + 2 * 2 + 2, "a preset's own retrieval, positions and budget stay"
+    assert len(both) == len(set(both)) == 2 * 2 + 2 + 2, "a preset's own retrieval, positions and budget stay"
     with pytest.raises(ConfigError, match="a quarter of 51 tokens: only the newest 1"):
         Setting("novelty", "mass-25", "packed", 5.0).config(64, 16, clip_frames=8, seed=0)
     with pytest.raises(ConfigError, match="10 tokens do not hold the newest 1 frame"):

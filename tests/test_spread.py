@@ -34,7 +34,7 @@ def answer(cache: LiveCache) -> torch.Tensor:
         return cache.adapter.language_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
 
 
-@pytest.mark.parametrize("policy", sorted({*BOUNDED} - {"clip_merge"}))  # whose merged tokens have no place
+@pytest.mark.parametrize("policy", BOUNDED)
 def test_a_stream_that_fits_is_numbered_by_its_places(policy: str) -> None:
     near, original = (watched(60, policy=policy, positions=way) for way in ("spread", "original"))
     memory = near.memory
@@ -52,7 +52,8 @@ def test_positions_never_leave_what_the_model_knows(policy: str, scope: str) -> 
         cache.push(pixels(8, start), times(8, start))
         memory = cache.memory
         position = memory.video(memory.position)
-        assert (position.diff(dim=1) > 0).all(), "in the order of the stream"
+        step = 0 if policy == "clip_merge" else 1  # a merged token shares the place of its frame's first one
+        assert (position.diff(dim=1) >= step).all(), "in the order of the stream"
         assert (position[:, 0] >= len(PROMPT)).all() and cache.next_position + 16 <= MOST
         assert (position[:, -1] == cache.next_position - 1).all(), "what comes next follows the newest token"
         newest = memory.video(memory.frame) == cache.num_frames - 1

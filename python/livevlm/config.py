@@ -79,10 +79,10 @@ class Config:
         retrieval_queries: which queries of that pass choose. "all" of them (ReKV; LiveVLM v2 as we read it), or the
             "last" token's, which the answer is predicted from (ours; Quest, arXiv 2406.10774, also chooses by one
             query, anew for every token). None: "last" for `mass` inline, else "all".
-        positions: "packed": tokens are numbered by their place among those attended to (ReKV); "original": by their
-            place in the stream, whatever the model was trained with; "spread": so while the stream is short enough,
-            then nearer together, in proportion, so that no position exceeds the model's `max_position_embeddings`
-            (ours). Keys are stored un-rotated, so this is a choice of reading, not of writing.
+        positions: "spread" (ours): tokens are numbered by their place in the stream while it is short enough, then
+            nearer together, in proportion, so that no position exceeds the model's `max_position_embeddings`;
+            "original": always by their place in the stream; "packed": by their place among those attended to (ReKV).
+            Keys are stored un-rotated, so this is a choice of reading, not of writing.
         attention: how the memory is read. "auto": on a GPU in place, by the fused kernels of
             `livevlm_kernels.block_attention`, for 16-bit models, where that is the fastest (with heads of other sizes
             than 64 and 128: for few tokens at a time); else gathered, through PyTorch's attention ("sdpa").
@@ -116,7 +116,7 @@ class Config:
     pooling: Pooling = "query"
     retrieval_pass: RetrievalPass = "inline"
     retrieval_queries: RetrievalQueries | None = None
-    positions: Positions = "packed"
+    positions: Positions = "spread"
     attention: Attention = "auto"
     graphs: Graphs = "auto"
     max_new_tokens: int = 128

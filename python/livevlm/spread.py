@@ -33,7 +33,7 @@ def spread(memory: Memory, num_read: int, tokens_per_frame: int, most: int) -> i
     share = min(1.0, room / max(1, most_gap))
     order = torch.arange(count, device=frame.device)
     gap = frame.long() * tokens_per_frame + slot.clamp(min=0) - order
-    # Merged tokens stand before their frames, without slots of their own: gaps may seem to shrink there.
-    gap = gap.clamp(min=0).cummax(1).values.clamp(max=most_gap)
-    memory.video(memory.position).copy_(prompt + order + (gap.double() * share).long())
+    # A merged token shares its place with the first of its frame, so that a gap may be smaller than the one before it.
+    shrunk = (gap.clamp(max=most_gap).double() * share).floor().long()
+    memory.video(memory.position).copy_(prompt + order + shrunk)
     return most_gap - int(most_gap * share)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from livevlm.cli.ask import one_line_errors
+from livevlm.config import Config
 from livevlm.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ def _numbers(text: str, what: str) -> list[float]:
 @click.option("--budgets", default="50,25,10,5", show_default=True, help="Percent of a stream's tokens.")
 @click.option("--frames", default="64", show_default=True, help="Lengths of streams, 32 to 1024 say.")
 @click.option("--retrieval", default="none", show_default=True, help="What questions attend to.")
-@click.option("--positions", default="packed", show_default=True, help="packed, original, or both.")
+@click.option("--positions", default=Config.positions, show_default=True, help="spread, original, packed, or several.")
 @click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Videos of each length.")
 @click.option("--questions", type=click.IntRange(min=1), default=16, show_default=True, help="In each stream.")
 @click.option("--moments", type=click.IntRange(min=1), default=4, show_default=True, help="At which they are asked.")

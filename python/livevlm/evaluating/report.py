@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from livevlm.config import Config
 from livevlm.evaluating.records import Key
 from livevlm.evaluating.settings import Setting
 from livevlm.evaluating.statistics import Counts, Estimate, accuracy, difference
@@ -32,8 +33,8 @@ class Row:
     Attributes:
         budget: percent of the stream's tokens, None where there is none to choose.
         accuracy, ci95: mean of the kinds of question about the past, and half its 95 % interval.
-        to_full, to_full_ci95: how much higher it is than that of `full` without retrieval (at packed positions, if
-            that was run) on the same videos. NaN where it was not run.
+        to_full, to_full_ci95: how much higher it is than that of `full` without retrieval (at positions of the
+            default, if that was run) on the same videos. NaN where it was not run.
         all_kinds: mean of all eight kinds.
         tokens, tokens_most: of video kept in a layer, at the end of a stream and at most after any clip.
         bytes: of keys and values, at the end, on average.
@@ -61,7 +62,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return self.setting if self.positions == "packed" else f"{self.setting}, {self.positions}"
+        return self.setting if self.positions == Config.positions else f"{self.setting}, {self.positions}"
 
 
 class _Group:

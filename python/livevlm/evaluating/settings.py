@@ -48,13 +48,17 @@ PRESETS: dict[str, Preset] = {
             "recent_frames": 2,
             "retrieval": "mean_key",
             "retrieval_pass": "two_pass",
+            "positions": "packed",
         }
     ),
     "infinipot-v": Preset(
         {"policy": "similarity", "scope": "layer", "alpha": 0.5, "retrieval": "none", "positions": "original"}
     ),
     "streammem": Preset({"policy": "proxy_query", "scope": "layer", "retrieval": "none", "positions": "original"}),
-    "rekv": Preset({"policy": "full", "retrieval": "frame", "retrieval_pass": "two_pass"}, share_of="retrieved"),
+    "rekv": Preset(
+        {"policy": "full", "retrieval": "frame", "retrieval_pass": "two_pass", "positions": "packed"},
+        share_of="retrieved",
+    ),
 }
 _LAST = {"pooling": "softmax", "retrieval_queries": "last"}
 _WAYS: dict[str, dict[str, Any]] = {
