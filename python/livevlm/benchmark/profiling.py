@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KINDS = {
     # Our CUDA kernels are told by the struct of their arguments.
     "compression": r"(Compact|Evict|Merge|Nearest|NearestWgmma|Novelty|Order|Redundancy|Score|Select)Kernel|"
-    r"|score_tokens|select_tokens|compact_tokens|evict_similar|merge_tokens|redundancy|novelty|radix|sort|topk",
+    r"score_tokens|select_tokens|compact_tokens|evict_similar|merge_tokens|redundancy|novelty|radix|sort|topk",
     "retrieval": r"RetrieveKernel|summarize|retrieve|fill_table",
     "attention": r"AttentionKernel|TileAttention|attend|flash|fmha|cudnn_generated|mha|merge_states|combine",
     "linear": r"gemm|nvjet|cutlass|xmma|cublas|splitK|gemv|conv|(product|project|gated)(_rows)?_kernel",
