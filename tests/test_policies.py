@@ -12,6 +12,8 @@ import livevlm
 from livevlm import Config, LiveCache, Stream
 from livevlm.memory import Memory
 from livevlm.policies import POLICIES, Policy
+from livevlm.policies.base import QueryWindow
+from livevlm.rope import Rope
 from livevlm.synthetic import generate
 from streams import PROMPT, pixels, times, tiny_random
 
@@ -99,6 +101,34 @@ def test_novelty_keeps_what_its_slot_is_not_used_to(scope: str) -> None:
     novelty[:, -2 * TOKENS :] = 99
     expected = novelty.argsort(1, descending=True)[:, :64].sort(1).values
     assert torch.equal(kept(cache, "position").long() - len(PROMPT), expected)
+
+
+@pytest.mark.parametrize("values", [0.0, 1.0], ids=["zero", "one value"])
+def test_novelty_does_not_hear_layers_in_which_nothing_changes(values: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no distance to be measured in, or one of rounding errors."""
+    compress = POLICIES["novelty"].compress
+
+    def still(self: Policy, memory: Memory, queries: QueryWindow, rope: Rope) -> None:
+        assert queries.history is not None
+        mean = queries.history.mean()
+        mean[0] = values
+        noise = 1e-7 * values * torch.randn(memory.v[0].shape, generator=torch.Generator().manual_seed(3))
+        memory.v[0] = values + noise
+        monkeypatch.setattr(type(queries.history), "mean", lambda history: mean)
+        compress(self, memory, queries, rope)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(POLICIES["novelty"], "compress", still)
+        cache = watched(50, policy="novelty", scope="shared", clip=50)
+    memory = watched(50, policy="full", clip=50).memory
+    seen = memory.video(memory.v).double().unflatten(1, (-1, TOKENS)).flatten(3)[1:]
+    change = (seen - seen.mean(1, keepdim=True)).norm(dim=-1)
+    step = torch.full_like(change, torch.inf)
+    step[:, 1:] = (seen[:, 1:] - seen[:, :-1]).norm(dim=-1)
+    novelty = (torch.stack((change, step)).flatten(2) / change.flatten(1).mean(1, keepdim=True)).mean(1).amin(0)
+    novelty[-2 * TOKENS :] = 99
+    expected = novelty.argsort(descending=True)[:64].sort().values
+    assert torch.equal(kept(cache, "position")[1].long() - len(PROMPT), expected)
 
 
 def mean_of(cache: LiveCache) -> torch.Tensor:

@@ -24,6 +24,8 @@ from livevlm.policies.history import previous_in_slot
 from livevlm.rope import Rope
 from livevlm_kernels import score_novelty, select_tokens
 
+LEAST_CHANGE = 1e-3  # of the length of usual values: changes below it are not made larger to count like other layers'
+
 
 class Novelty(Policy):
     wants_history = True
@@ -33,8 +35,11 @@ class Novelty(Policy):
             return
         assert queries.history is not None
         slots = memory.video(memory.slot)
-        change, step = score_novelty(memory.video(memory.v), queries.history.mean(), slots, previous_in_slot(slots))
-        unit = change.mean(1, keepdim=True)
+        usual = queries.history.mean()
+        change, step = score_novelty(memory.video(memory.v), usual, slots, previous_in_slot(slots))
+        # Where nothing changes, as in the first layer while a picture stands still, what is left is rounding, or 0.
+        least = LEAST_CHANGE * usual.flatten(2).norm(dim=-1).mean(1, keepdim=True)
+        unit = change.mean(1, keepdim=True).maximum(least).clamp(min=torch.finfo(torch.float32).tiny)
         scores = torch.stack((change / unit, step / unit))
         if self.config.scope == "shared":
             scores = scores.mean(1, keepdim=True).expand_as(scores)
