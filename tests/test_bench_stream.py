@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from livevlm.benchmark import parts, timing
+from livevlm.benchmark import parts, profiling, timing
 from livevlm.benchmark.report import Report, Row
 from livevlm.benchmark.subject import QUESTION_TOKENS, shape_config, subject_for
 from livevlm.cli import main
@@ -105,6 +106,19 @@ def test_both_answer_the_same_question() -> None:
         embeds = cache.adapter.embed_question(subject.question_ids)
         hidden = cache.adapter.language_model(inputs_embeds=embeds[None], past_key_values=cache).last_hidden_state
         assert int(cache.adapter.logits(hidden[:, -1]).argmax()) == int(chunked)
+
+
+def test_kernels_of_ours_have_their_kinds() -> None:
+    root, found = Path(__file__).parents[1] / "csrc", {}
+    for folder in ("kv_evict", "kv_merge", "block_attention"):
+        source = "".join(path.read_text("utf-8") for path in (root / folder).glob("*.cuh"))
+        for name in re.findall(r"struct (\w+Kernel)\b", source):
+            found[name] = folder, profiling.kind_of(f"void livevlm::some_kernel<float>(livevlm::{name})")
+    assert len(found) > 10
+    reading = {"AttentionKernel": "attention", "RetrieveKernel": "retrieval"}
+    for name, (folder, kind) in found.items():
+        assert kind == (reading[name] if folder == "block_attention" else "compression"), name
+    assert profiling.kind_of("vectorized_elementwise_kernel") == "elementwise"
 
 
 def test_shapes() -> None:

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA kernel of `score_novelty`.
 //
-// A row of means is twice as wide as a row of 16-bit tokens: read anew for every token, means would take more
-// time than tokens. So a block has a few patch slots of one sequence. It finds their tokens, in order, and
-// goes through them: the slots' means, and the earlier tokens that it has just read, are in L1.
+// A row of means is twice as wide as a row of 16-bit tokens, and would be read anew for every token. So a
+// block has a few patch slots of one sequence. It finds their tokens, in order, and goes through them: the
+// slots' means, and the earlier tokens that it has just read, are in L1. It costs more than it saves: see the
+// docs.
 #pragma once
 
 #include "common/block_scan.cuh"

@@ -34,6 +34,10 @@ KINDS = {
 TOP = 12
 
 
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "elementwise")
+
+
 def _kernels(
     call: Any, device: torch.device, calls: int = 1
 ) -> tuple[Counter[str], list[tuple[str, float, int]], float]:
@@ -50,8 +54,7 @@ def _kernels(
     events = [event for event in events if event[1] > 0]
     by_kind: Counter[str] = Counter()
     for name, spent, _ in events:
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "elementwise")
-        by_kind[kind] += spent
+        by_kind[kind_of(name)] += spent
     return by_kind, sorted(events, key=lambda e: -e[1])[:TOP], wall
 
 
