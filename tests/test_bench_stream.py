@@ -108,16 +108,20 @@ def test_both_answer_the_same_question() -> None:
         assert int(cache.adapter.logits(hidden[:, -1]).argmax()) == int(chunked)
 
 
+KERNEL = re.compile(r"__global__ void\s*(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(([^)]*)\)")
+
+
 def test_kernels_of_ours_have_their_kinds() -> None:
-    root, found = Path(__file__).parents[1] / "csrc", {}
+    kinds: dict[str, set[str]] = {}
     for folder in ("kv_evict", "kv_merge", "block_attention"):
-        source = "".join(path.read_text("utf-8") for path in (root / folder).glob("*.cuh"))
-        for name in re.findall(r"struct (\w+Kernel)\b", source):
-            found[name] = folder, profiling.kind_of(f"void livevlm::some_kernel<float>(livevlm::{name})")
-    assert len(found) > 10
-    reading = {"AttentionKernel": "attention", "RetrieveKernel": "retrieval"}
-    for name, (folder, kind) in found.items():
-        assert kind == (reading[name] if folder == "block_attention" else "compression"), name
+        for path in sorted((Path(__file__).parents[1] / "csrc" / folder).glob("*.cu*")):
+            for name, arguments in KERNEL.findall(path.read_text("utf-8")):
+                struct = re.search(r"__grid_constant__ (\w+)", arguments)
+                demangled = f"void livevlm::{name}<float>(livevlm::{struct[1] if struct else ''})"
+                kinds.setdefault(folder, set()).add(profiling.kind_of(demangled))
+                assert profiling.kind_of(demangled) != "elementwise", demangled
+    assert kinds["kv_evict"] == kinds["kv_merge"] == {"compression"}
+    assert kinds["block_attention"] == {"attention", "retrieval", "compression"}  # the last: quantize_blocks
     assert profiling.kind_of("vectorized_elementwise_kernel") == "elementwise"
 
 

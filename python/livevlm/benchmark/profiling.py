@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 # By name of the kernel, first match; GEMMs of vision and language models are told apart by profiling vision alone.
 KINDS = {
-    # Our CUDA kernels are told by the struct of their arguments.
-    "compression": r"(Compact|Evict|Merge|Nearest|NearestWgmma|Novelty|Order|Redundancy|Score|Select)Kernel|"
-    r"score_tokens|select_tokens|compact_tokens|evict_similar|merge_tokens|redundancy|novelty|radix|sort|topk",
+    # Our CUDA kernels are told by the struct of their arguments, or by the name of the op.
+    "compression": r"(Compact|Evict|Merge|Nearest|NearestWgmma|Order|Redundancy|Score|Select)Kernel|LongRows|"
+    r"score_tokens|select_tokens|compact_tokens|evict_similar|merge_tokens|redundancy|novelty|quantize|radix|sort|topk",
     "retrieval": r"RetrieveKernel|summarize|retrieve|fill_table",
     "attention": r"AttentionKernel|TileAttention|attend|flash|fmha|cudnn_generated|mha|merge_states|combine",
     "linear": r"gemm|nvjet|cutlass|xmma|cublas|splitK|gemv|conv|(product|project|gated)(_rows)?_kernel",
