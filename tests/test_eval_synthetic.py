@@ -6,6 +6,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,6 +188,26 @@ def test_a_run_that_was_stopped_goes_on_and_processes_change_nothing(tmp_path: P
     assert results(tmp_path / "stopped") == results(tmp_path / "whole")
     with pytest.raises(ConfigError, match=r"another run: questions=8, now 16; give another --out"):
         compare(Plan(tuple(FEW), frames=(32,), streams=3), tmp_path / "stopped", plots=False)
+
+
+def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    """There is work for hours: who does not notice goes on with it, unheard."""
+    options = f"--streams 9999 --settings full --processes 2 --device cpu --no-plots --out {tmp_path}"
+    code = "import sys; from livevlm.cli.eval_synthetic import synthetic; synthetic(sys.argv[1:])"
+    lines, deadline = tmp_path / "streams.jsonl", time.monotonic() + 120
+    with subprocess.Popen([sys.executable, "-c", code, *options.split()], start_new_session=True) as run:
+        while not (lines.exists() and lines.stat().st_size):
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        run.kill()
+    try:
+        while time.monotonic() < deadline:
+            os.killpg(run.pid, 0)  # raises when the last of them is gone
+            time.sleep(0.1)
+    except ProcessLookupError:
+        return
+    os.killpg(run.pid, signal.SIGKILL)
+    pytest.fail("processes were still at work")
 
 
 def test_every_preset_runs_and_files_say_what_came_of_it(tmp_path: Path) -> None:

@@ -104,9 +104,11 @@ def _work(plan: Plan, waiting: Any, done: Any) -> None:
         from livevlm.cli.watch import quiet_libraries
 
         quiet_libraries()
-        worker = Worker(plan)
+        worker, parent = Worker(plan), multiprocessing.parent_process()
         while (task := waiting.get()) is not None:
             for record in worker.records(task):
+                if parent is None or not parent.is_alive():  # it was killed: nobody hears of what is done here
+                    return
                 done.put(("record", record))
         done.put(("end", None))
     except LiveVLMError as error:
