@@ -125,6 +125,12 @@ def test_kernels_of_ours_have_their_kinds() -> None:
     assert profiling.kind_of("vectorized_elementwise_kernel") == "elementwise"
 
 
+def test_time_of_kernels_that_overlap_is_counted_once() -> None:
+    kernels = [("late", 9.0, 10.0), ("first", 0.0, 4.0), ("waits", 1.0, 6.0), ("within", 2.0, 5.0), ("first", 6.0, 7.5)]
+    shares = profiling.exclusive(kernels)
+    assert shares == [("first", 4.0), ("waits", 2.0), ("within", 0.0), ("first", 1.5), ("late", 1.0)]
+
+
 def test_shapes() -> None:
     """The sizes of the published checkpoints, to the byte."""
     from transformers import LlavaOnevisionForConditionalGeneration

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,9 +39,21 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "elementwise")
 
 
+def exclusive(kernels: Iterable[tuple[str, float, float]]) -> list[tuple[str, float]]:
+    """Names and times of kernels, given with start and end, such that all add up to the time in which one ran.
+
+    A kernel may start while the one before it runs, and wait for that: its time counts from the other's end.
+    """
+    shares, busy_until = [], -math.inf
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        shares.append((name, max(0.0, end - max(start, busy_until))))
+        busy_until = max(busy_until, end)
+    return shares
+
+
 def _kernels(
     call: Any, device: torch.device, calls: int = 1
-) -> tuple[Counter[str], list[tuple[str, float, int]], float]:
+) -> tuple[Mapping[str, float], list[tuple[str, float, int]], float]:
     """Milliseconds by kind, the longest kernels, and wall time in ms of a call: the mean of so many.
 
     How often a kernel ran is counted over all of them.
@@ -50,12 +63,16 @@ def _kernels(
         for _ in range(calls):
             call()
         timing.synchronise(device)
-    events = [(e.key, e.self_device_time_total / 1e3 / calls, e.count) for e in seen.key_averages()]
-    events = [event for event in events if event[1] > 0]
-    by_kind: Counter[str] = Counter()
-    for name, spent, _ in events:
-        by_kind[kind_of(name)] += spent
-    return by_kind, sorted(events, key=lambda e: -e[1])[:TOP], wall
+    on_device = (event for event in seen.events() or () if event.device_type.name == "CUDA")
+    shares = exclusive((event.name, event.time_range.start, event.time_range.end) for event in on_device)
+    by_kind: defaultdict[str, float] = defaultdict(float)
+    by_name: defaultdict[str, float] = defaultdict(float)
+    for name, microseconds in shares:
+        by_kind[kind_of(name)] += microseconds / 1e3 / calls
+        by_name[name] += microseconds / 1e3 / calls
+    counts = Counter(name for name, _ in shares)
+    longest = sorted(by_name, key=lambda name: -by_name[name])[:TOP]
+    return by_kind, [(name, by_name[name], counts[name]) for name in longest], wall
 
 
 def profile(subject: Subject, plan: Plan, limit: Limit) -> Iterator[Row]:
