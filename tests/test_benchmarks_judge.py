@@ -62,7 +62,7 @@ def test_a_judge_decides_open_answers(server: str, tmp_path: Path) -> None:
     judge = RemoteJudge(server, "strict", "secret")
     assert "secret" not in repr(judge)
     result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", judge, control=False)
-    assert {(line["judge"], line["judge_place"]) for line in lines} == {("strict@livevlm-1", server)}
+    assert {(line["judge"], line["judge_place"]) for line in lines} == {("strict@livevlm-2", server)}
     found = {line["question"]: (line["judged"], line["judge_score"]) for line in lines}
     assert found == {"q0?": (True, 5), "q1?": (False, 1), "q2?": (None, None)}
     assert result["method"]["averages"]["per question"]["judged"] == 0.5  # what it did not decide is not counted
@@ -94,8 +94,24 @@ def test_a_local_judge(tmp_path: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "judge")
     judge = LocalJudge(str(tmp_path / "judge"), "cpu")
     found = judge("what ?", "red", "blue")
-    assert judge.name == f"local:{tmp_path / 'judge'}@livevlm-1" == JudgeChoice(model=str(tmp_path / "judge")).name
+    assert judge.name == f"local:{tmp_path / 'judge'}@livevlm-2" == JudgeChoice(model=str(tmp_path / "judge")).name
     assert found.right is None and found.score is None
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match="no judge could be loaded"):
         LocalJudge(str(tmp_path / "none"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "score"),
+    [
+        ("{'pred': 'no', 'score': 1}", False, 1),
+        ('{"pred": "yes", "score": 4.0}', True, 4),
+        ('I reply like {"pred": "yes", "score": 4}. So: {"pred": "no", "score": 0}', False, 0),
+        ('<think>like {"pred": "yes", "score": 4}?</think>{"pred": "no", "score": 0}', False, 0),
+        ('<think>It asks for {"pred": "yes", "score": 4}, and', None, None),  # cut off before it decided
+        ('<think>{"pred": "yes", "score": 4}</think>I cannot tell.', None, None),
+        ("pred: yes", None, None),
+    ],
+)
+def test_the_last_verdict_counts_and_no_thought(said: str, right: bool | None, score: int | None) -> None:
+    assert judging.verdict(said) == judging.Verdict(right, score, said)

@@ -12,10 +12,12 @@ import pytest
 
 from eval_kit import Silent, scripted, videos, write_json, write_npy
 from eval_sets import SECONDS, VIDEOMME, Script, averages, real, rvs_entry
+from livevlm.benchmarks.fields import letter_at
+from livevlm.benchmarks.frames import _folder
 from livevlm.benchmarks.registry import FORMATS
-from livevlm.benchmarks.schema import Problem
+from livevlm.benchmarks.schema import Malformed, Problem
 from livevlm.config import Config
-from livevlm.errors import ConfigError
+from livevlm.errors import ConfigError, VideoError
 
 
 def test_a_video_that_breaks_off(tmp_path: Path) -> None:
@@ -160,3 +162,25 @@ def test_nothing_to_ask_is_an_error(lay: Callable[..., Path], tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"no question can be asked: .*:2: 'videoID' is missing"):
         scripted("videomme", data, Script())
     assert Silent().problems == []
+
+
+def test_an_empty_picture_is_an_unreadable_video(tmp_path: Path) -> None:
+    (tmp_path / "1.png").touch()
+    frame = _folder(tmp_path)[1]
+    with pytest.raises(VideoError, match=r"1\.png: cannot be read as a picture"):
+        frame(0)
+
+
+def test_digits_that_are_no_number_are_no_index() -> None:
+    with pytest.raises(Malformed, match="not the index of one of 3 options"):
+        letter_at("²", ["a", "b", "c"], "answer")
+    assert letter_at("2", ["a", "b", "c"], "answer") == "C"
+
+
+@pytest.mark.parametrize(("retrieval", "roles"), [("mean_key", {"method", "control"}), ("none", {"method"})])
+def test_only_the_control_itself_has_none_beside_it(tmp_path: Path, retrieval: Any, roles: set[str]) -> None:
+    write_npy(tmp_path / "a.npy", videos(1, SECONDS)[0])
+    write_json(tmp_path / "ego4d_oe.json", [rvs_entry("a.npy", [5])])
+    recent = Config(policy="recent", retrieval=retrieval, budget=96)
+    _, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", config_for=lambda count: recent)
+    assert {line["role"] for line in lines} == roles

@@ -102,7 +102,7 @@ def letter_of_text(answer: Any, choices: Sequence[str]) -> str:
 
 def letter_at(index: Any, choices: Sequence[str], name: str) -> str:
     """The letter of an answer given as a number from 0."""
-    if isinstance(index, str) and index.isdigit():
+    if isinstance(index, str) and index.isdecimal():
         index = int(index)
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(choices):
         raise Malformed(f"{name!r} is {index!r}, not the index of one of {len(choices)} options, counted from 0")

@@ -88,7 +88,10 @@ def _folder(path: Path) -> tuple[int, Callable[[int], Any]]:
     def frame(index: int) -> Any:
         import cv2
 
-        picture = cv2.imdecode(np.fromfile(files[index], dtype=np.uint8), cv2.IMREAD_COLOR)
+        try:
+            picture = cv2.imdecode(np.fromfile(files[index], dtype=np.uint8), cv2.IMREAD_COLOR)
+        except (OSError, cv2.error) as error:  # the latter of an empty file
+            raise VideoError(f"{files[index]}: cannot be read as a picture: {error}") from error
         if picture is None:
             raise VideoError(f"{files[index]}: cannot be read as a picture")
         return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from livevlm.errors import ConfigError, LiveVLMError
 
-WORDING = "livevlm-1"  # part of a judge's name: other instructions are another judge
+WORDING = "livevlm-2"  # part of a judge's name: other instructions are another judge
 INSTRUCTIONS = (
     "You compare an answer to a question about a video with the true answer. Meaning counts, not wording: synonyms and "
     'paraphrases are right. Reply with one JSON object and nothing else, such as {"pred": "yes", "score": 4}: '
@@ -57,12 +57,13 @@ def messages(question: str, answer: str, reply: str) -> list[dict[str, str]]:
 
 
 def verdict(said: str) -> Verdict:
-    """Finds `pred` and `score` in JSON or in a Python dictionary."""
-    right = re.search(r"pred['\"]?\s*[:=]\s*['\"]?(yes|no)\b", said, re.IGNORECASE)
-    score = re.search(r"score['\"]?\s*[:=]\s*['\"]?([0-5])(?:\.\d+)?\b", said, re.IGNORECASE)
-    if right is None or score is None:
+    """Finds the last `pred` and `score` in JSON or in a Python dictionary, behind what was thought aloud."""
+    decided = "" if "<think>" in said and "</think>" not in said else said.rpartition("</think>")[2]
+    right = re.findall(r"pred['\"]?\s*[:=]\s*['\"]?(yes|no)\b", decided, re.IGNORECASE)
+    score = re.findall(r"score['\"]?\s*[:=]\s*['\"]?([0-5])(?:\.\d+)?\b", decided, re.IGNORECASE)
+    if not right or not score:
         return Verdict(None, None, said)
-    return Verdict(right[1].lower() == "yes", int(score[1]), said)
+    return Verdict(right[-1].lower() == "yes", int(score[-1]), said)
 
 
 @dataclass(frozen=True)

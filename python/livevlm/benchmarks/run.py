@@ -107,7 +107,7 @@ class _Runner:
             with opened(work.path, work.video, fps=plan.fps, stored_fps=plan.stored_fps) as source:
                 config = self._config(source.num_frames)
                 configs = {METHOD: config}
-                if plan.control and config.policy != "recent":
+                if plan.control and control_config(config) != config:
                     configs[CONTROL] = control_config(config)
                 wanted = {(role, key) for role in configs for key in asked} - done
                 if not wanted:
