@@ -26,6 +26,7 @@ from livevlm.benchmarks.shards import Shard
 from livevlm.benchmarks.summary import summarize
 from livevlm.cli import main
 from livevlm.synthetic import ANSWERS, Question, SyntheticVideo, generate
+from livevlm.video import import_cv2
 
 FULL = ("--policy", "full", "--template", "{question}", "--device", "cpu")
 
@@ -37,6 +38,7 @@ def videos(count: int, num_frames: int = 24, seed: int = 5) -> list[SyntheticVid
 def write_mp4(path: Path, video: SyntheticVideo, fps: int = 2) -> None:
     """One generated frame a second, twice as large, each `fps` times in the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    import_cv2()  # before OpenCV first uses FFmpeg
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, (448, 448))
     for frame in video.frames:
         picture = np.kron(frame.permute(1, 2, 0).numpy(), np.ones((4, 4, 1), dtype=np.uint8))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from eval_kit import scripted, videos, write_folder, write_json, write_npy
+from eval_kit import scripted, videos, write_folder, write_json, write_mp4, write_npy
 from eval_sets import LETTERED, OPTIONS, SECONDS, VIDEOMME, Script, averages, rvs_entry
 from livevlm.benchmarks.registry import FORMATS
 from livevlm.cli.eval import TITLES
@@ -121,8 +121,8 @@ OFFLINE = {
     "videomme": VIDEOMME,
     "egoschema": [
         {"question_idx": str(i), "video_idx": "v", "question": f"{word}?", "option": LETTERED, "answer": answer}
-        for i, (word, answer) in enumerate([("a", "0"), ("b", 1), ("c", "2"), ("open", None)])
-    ],
+        for i, (word, answer) in enumerate([("a", "0"), ("b", 1), ("c", "2")])
+    ] + [{"q_uid": "v", "question": "open?"} | {f"option {i}": text for i, text in enumerate([*OPTIONS, "black"])}],
     "longvideobench": [
         {"id": "v_0", "video_id": "v", "video_path": "v.mp4", "duration": 12.0, "duration_group": 15,
          "question": "a?", "question_category": "S2E", "candidates": OPTIONS, "correct_choice": 0},
@@ -156,6 +156,7 @@ def test_offline_benchmarks(name: str, lay: Callable[..., Path]) -> None:
     if name == "videomme":
         assert groups == {"short": 1.0, "long": 0.0}
     if name == "egoschema":
+        assert "E. black" in script.prompts["open"]
         rows = (data / "out" / "submission.csv").read_text().split()
         assert rows == ["q_uid,answer", "v,0", "v,1", "v,-1", "v,3"]
     if name == "cgbench":
@@ -220,11 +221,13 @@ def test_rvs_reads_stacks_and_folders(tmp_path: Path) -> None:
     assert result["method"]["groups"]["movie"]["strict"] == 1.0 and result["judge"] == "none"
 
 
-def test_a_stack_of_the_clip_alone_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tt1.npy", "tt1.mp4"])
+def test_a_clip_alone_is_refused(tmp_path: Path, name: str) -> None:
     """Its questions' times count from the movie's start: they would be asked too late."""
-    write_npy(tmp_path / "tt1.npy", videos(1, SECONDS)[0])
-    write_npy(tmp_path / "tt2.npy", videos(1, SECONDS)[0])
-    cut = rvs_entry("tt1.npy", [105], clip_start_time=100, clip_end_time=112)
+    video = videos(1, SECONDS)[0]
+    write_npy(tmp_path / name, video) if name.endswith("npy") else write_mp4(tmp_path / name, video)
+    write_npy(tmp_path / "tt2.npy", video)
+    cut = rvs_entry(name, [105], clip_start_time=100, clip_end_time=112)
     write_json(tmp_path / "movienet_oe.json", [{**cut, "duration": 900}, rvs_entry("tt2.npy", [5])])
     result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", control=False)
     assert len(lines) == 1 and "as the clip from 100 to 112 s is" in result["skipped"][0]["what"]

@@ -26,6 +26,7 @@ class Server(BaseHTTPRequestHandler):
 
     calls: list[dict[str, Any]] = []  # noqa: RUF012
     failures = 1
+    refusals: dict[str, int] = {}  # noqa: RUF012
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -35,8 +36,12 @@ class Server(BaseHTTPRequestHandler):
             return
         Server.calls.append({**body, "path": self.path, "key": self.headers.get("Authorization")})
         truth, reply = (line.split(": ", 1)[1] for line in body["messages"][1]["content"].splitlines()[1:3])
+        if truth in Server.refusals:
+            self.send_error(Server.refusals[truth])
+            return
         said = '{"pred": "yes", "score": 5}' if truth == reply else '{"pred": "no", "score": 1}'
-        content = json.dumps({"choices": [{"message": {"content": said if truth != "?" else "hm"}}]}).encode()
+        message = {"content": said if truth != "?" else "hm"} if truth != "none" else {"refusal": "no"}
+        content = json.dumps({"choices": [{"message": message}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -48,7 +53,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(judging, "PATIENCE", 0.01)
-    Server.calls, Server.failures = [], 1
+    Server.calls, Server.failures, Server.refusals = [], 1, {}
     with HTTPServer(("127.0.0.1", 0), Server) as http:
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}/v1"
@@ -67,19 +72,58 @@ def test_a_judge_decides_open_answers(server: str, tmp_path: Path) -> None:
     assert found == {"q0?": (True, 5), "q1?": (False, 1), "q2?": (None, None)}
     assert result["method"]["averages"]["per question"]["judged"] == 0.5  # what it did not decide is not counted
     assert result["method"]["judge_score"] == 3 and result["method"]["num_undecided"] == 1
+    assert len(Server.calls) == 4  # the first one asks what is beyond doubt
     first = Server.calls[0]
     assert (first["path"], first["key"], first["model"]) == ("/v1/chat/completions", "Bearer secret", "strict")
     assert "judged" in (tmp_path / "out" / "summary.md").read_text()
 
 
-def test_a_judge_that_is_gone_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(judging, "PATIENCE", 0.0)
+def test_a_judge_that_goes_away_ends_the_run(server: str, tmp_path: Path) -> None:
+    """What was judged stays; what was not is asked again."""
+    write_npy(tmp_path / "v.npy", videos(1, 6)[0])
+    turns = [{"question": f"q{end}?", "answer": gold, "end_time": end} for end, gold in ((2, "red"), (4, "blue"))]
+    write_json(tmp_path / "ego4d_oe.json", [{"video_id": "v", "video_path": "v.npy", "conversations": turns}])
+    judge = RemoteJudge(server, "strict", None)
+    Server.refusals = {"blue": 503}
+    with pytest.raises(JudgeError, match=re.escape(f"judge 'strict' at {server}: HTTP 503")):
+        scripted("rvs", tmp_path, lambda prompt, times: "red", judge, control=False)
+    assert [line["question"] for line in answers(tmp_path / "out")] == ["q2?"]
+    Server.refusals = {}
+    _, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", judge, control=False)
+    assert [(line["question"], line["judged"]) for line in lines] == [("q2?", True), ("q4?", False)]
+
+
+def test_a_question_that_the_judge_refuses_is_undecided(server: str, tmp_path: Path) -> None:
+    """Too long, against its rules, no text in its reply: the others are judged, and nothing is asked twice."""
+    write_npy(tmp_path / "v.npy", videos(1, 6)[0])
+    golds = ["red", "long", "rude", "none"]
+    turns = [{"question": f"{gold}?", "answer": gold, "end_time": 3} for gold in golds]
+    write_json(tmp_path / "ego4d_oe.json", [{"video_id": "v", "video_path": "v.npy", "conversations": turns}])
+    Server.refusals = {"long": 413, "rude": 400}
+    judge = RemoteJudge(server, "strict", None)
+    for _ in range(2):
+        result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", judge, control=False)
+        found = {line["question"]: (line["judged"], line["judge_reply"][:8]) for line in lines}
+        assert found["red?"] == (True, '{"pred":') and found["none?"] == (None, '{"choice')
+        assert found["long?"] == (None, "HTTP 413") and found["rude?"] == (None, "HTTP 400")
+        assert result["method"]["num_undecided"] == 3 and len(lines) == 4
+    assert len(Server.calls) == 5  # of two runs: beyond doubt, and each question once
+
+
+@pytest.mark.parametrize("code", [401, 404, 400])
+def test_a_judge_that_does_not_judge_shows_before_a_video_is_watched(server: str, tmp_path: Path, code: int) -> None:
     write_npy(tmp_path / "v.npy", videos(1, 6)[0])
     turns = [{"question": "q?", "answer": "red", "end_time": 3}]
     write_json(tmp_path / "ego4d_oe.json", [{"video_id": "v", "video_path": "v.npy", "conversations": turns}])
+    Server.refusals = {"red": code}
+    with pytest.raises(JudgeError, match=f"{re.escape(server)}: .*HTTP {code}"):
+        scripted("rvs", tmp_path, lambda prompt, times: pytest.fail("asked"), RemoteJudge(server, "strict", None))
+
+
+def test_a_judge_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "PATIENCE", 0.0)
     with pytest.raises(JudgeError, match=re.escape("judge 'j' at http://127.0.0.1:9/v1")):
-        scripted("rvs", tmp_path, lambda prompt, times: "red", RemoteJudge("http://127.0.0.1:9/v1", "j", None))
-    assert not answers(tmp_path / "out")  # it will be asked again
+        judging.check(RemoteJudge("http://127.0.0.1:9/v1", "j", None))
 
 
 def test_a_local_judge(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from eval_kit import Silent, scripted, videos, write_json, write_npy
 from eval_sets import SECONDS, VIDEOMME, Script, averages, real, rvs_entry
-from livevlm.benchmarks.fields import letter_at
+from livevlm.benchmarks.fields import letter, letter_at
 from livevlm.benchmarks.frames import _folder
 from livevlm.benchmarks.registry import FORMATS
 from livevlm.benchmarks.schema import Malformed, Problem
@@ -75,6 +75,11 @@ def test_malformed_entries_are_named_and_skipped(lay: Callable[..., Path]) -> No
         ({**good, "videoID": "gone"}, "video gone was not found"),
         ({**good, "videoID": "empty"}, "empty.mp4: the file is empty (1 question unanswered)"),
         ({**good, "question": "what is <video>?"}, "a marker of the model"),
+        ({**good, "videoID": "v" * 300}, "was not found"),
+        ({**good, "question": "half a \ud83d?"}, "'question' holds half a character"),
+        ({**good, "options": ["red", "\ud83d"]}, "'options' holds half a character"),
+        ({**good, "answer": "A man in red."}, "the answer 'A man in red.' is none of the 4 options"),
+        ({**good, "answer": "B. Red"}, "the answer 'B. Red' is none of the 4 options"),
     ]
     lines = ["[", json.dumps(good) + ","]
     for entry, _ in bad:
@@ -142,6 +147,43 @@ def test_answers_to_questions_that_were_mended_are_left_out(lay: Callable[..., P
     write_json(data / "test.json", VIDEOMME[2:])  # another file's questions do not touch these
     result, _ = scripted("videomme", data, Script(c="C"), control=False, files=(data / "test.json",))
     assert result["num_outdated"] == 0 and len(lines) == 3
+
+
+def test_answers_to_nothing_but_mended_questions(lay: Callable[..., Path]) -> None:
+    data = lay("videomme.json", VIDEOMME[:1], "v.mp4")
+    scripted("videomme", data, Script(a="A"), control=False)
+    write_json(data / "videomme.json", [{**VIDEOMME[0], "question": "what is <video>?"}])
+    with pytest.raises(ConfigError, match="holds no answers but 1 to questions that have changed since"):
+        scripted("videomme", data, Script(a="A"), control=False)
+
+
+def test_a_choice_of_tasks_leaves_answers_as_they_are(lay: Callable[..., Path]) -> None:
+    """Two videos, and one question that is asked twice: neither is another task's answer outdated, nor asked again."""
+    one, two = real("a", "00:00:03", "A", "Counting"), real("b", "00:00:05", "A", "Event Understanding")
+    asked = (("v", one), ("w", one), ("v", two), ("v", one))
+    entries = [{"video_path": f"{name}.mp4", "questions": [question]} for name, question in asked]
+    data = lay("questions_real.json", entries, "v.mp4", "w.mp4")
+    script = Script(a="A", b="A")
+    result, lines = scripted("streamingbench", data, script, control=False)
+    assert len(lines) == result["num_queries"] == 4
+    for tasks, count in (("Event Understanding",), 1), (("Counting",), 3), ((), 4):
+        result, again = scripted("streamingbench", data, script, control=False, tasks=tasks)
+        assert again == lines and result["num_outdated"] == 0 and result["num_queries"] == count
+
+
+@pytest.mark.parametrize("change", [{"required": "x"}, {"task_type": "Counting"}, {"time_stamp": "00:00:04"}])
+def test_what_decides_an_answer_is_part_of_its_key(lay: Callable[..., Path], change: dict[str, str]) -> None:
+    entry = real("a", "00:00:03", "A", "Event Understanding")
+    data = lay("questions_real.json", [{"video_path": "v.mp4", "questions": [entry]}], "v.mp4")
+    scripted("streamingbench", data, Script(a="A"), control=False)
+    write_json(data / "questions_real.json", [{"video_path": "v.mp4", "questions": [entry | change]}])
+    result, _ = scripted("streamingbench", data, Script(a="A"), control=False)
+    assert result["num_outdated"] == ("required" not in change)
+
+
+@pytest.mark.parametrize("answer", ["B", "(B)", "B.", "B. green", "(B) green", "B: a green one", "B Green."])
+def test_letters_that_are_answers(answer: str) -> None:
+    assert letter(answer, ["red", "green", "blue"]) == "B"
 
 
 def test_json_lines(tmp_path: Path) -> None:

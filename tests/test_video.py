@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from livevlm.errors import ConfigError, VideoError
 from livevlm.synthetic import generate
-from livevlm.video import VideoReader, open_video
+from livevlm.video import VideoReader, import_cv2, open_video
 from plain_model import answers
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample.mp4"
@@ -45,6 +45,7 @@ def read_until_error(path: Path, **options: float | None) -> tuple[Frames, Video
 
 def write_clip(path: Path, width: int, height: int, levels: list[int], fps: float = 10.0) -> None:
     """Write one grey frame for each level; the top quarter of each is black."""
+    import_cv2()  # what FFmpeg may say is settled when OpenCV first uses it in a process
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (width, height))
     assert writer.isOpened()
     for level in levels:
@@ -52,6 +53,13 @@ def write_clip(path: Path, width: int, height: int, levels: list[int], fps: floa
         picture[: height // 4] = 0
         writer.write(picture)
     writer.release()
+
+
+def test_ticks_that_are_no_binary_fraction(tmp_path: Path) -> None:
+    """4200 of 600 ticks are 7 s and not 7.000000000000001, so that a question at 7 s is about this frame too."""
+    write_clip(tmp_path / "ticks.avi", 32, 32, [i % 256 for i in range(8 * 600)], fps=600)
+    with open_video(tmp_path / "ticks.avi", fps=1.0) as video:
+        assert [time for time, _ in video] == list(range(8))
 
 
 def test_sample_decodes_to_one_frame_a_second(sample: Frames) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from livevlm.benchmarks.schema import LETTERS, Malformed
+from livevlm.benchmarks.scoring import plain
 
 MISSING: Any = object()
 
@@ -36,7 +37,7 @@ def text(entry: dict[str, Any], *names: str, default: Any = MISSING) -> str:
         raise Malformed(f"{names[0]!r} is {_kind(value)}, not a text")
     if value == "" and default is MISSING:
         raise Malformed(f"{names[0]!r} is empty")
-    return str(value).strip()
+    return _whole(str(value), names[0])
 
 
 def number(entry: dict[str, Any], *names: str, default: Any = MISSING) -> Any:
@@ -75,7 +76,7 @@ def options(entry: dict[str, Any], *names: str) -> tuple[str, ...]:
     for option in given:
         if isinstance(option, bool) or not isinstance(option, str | int | float):
             raise Malformed(f"{names[0]!r} holds {_kind(option)}, not a text")
-    found = [str(option).strip() for option in given]
+    found = [_whole(str(option), names[0]) for option in given]
     if not 2 <= len(found) <= len(LETTERS):
         raise Malformed(f"{names[0]!r} has {len(found)} options; allowed: 2 to {len(LETTERS)}")
     prefixes = [re.match(rf"\(?{letter}[.):]\s*", option) for letter, option in zip(LETTERS, found, strict=False)]
@@ -85,11 +86,15 @@ def options(entry: dict[str, Any], *names: str) -> tuple[str, ...]:
 
 
 def letter(answer: Any, choices: Sequence[str]) -> str:
-    """The letter of an answer given as a letter, alone or as "B. text"."""
-    match = re.fullmatch(r"\(?([A-N])\)?[.:]?(\s+.*)?", str(answer).strip(), re.DOTALL)
-    if match is None or LETTERS.index(match[1]) >= len(choices):
-        raise Malformed(f"the answer {answer!r} is none of the {len(choices)} options")
-    return match[1]
+    """The letter of an answer given as a letter, alone or with its option's text: "B", "(B)", "B. text"."""
+    match = re.fullmatch(r"\(?([A-N])([.):]*)(?:\s*(\S.*))?", str(answer).strip(), re.DOTALL)
+    if match is not None and LETTERS.index(match[1]) < len(choices):
+        text = plain(match[3] or "")
+        texts = [plain(choice) for choice in choices]
+        # Behind a point or bracket a text may be worded otherwise, but not be another option's; "A man" is no letter.
+        if not text or text == texts[LETTERS.index(match[1])] or (match[2] and text not in texts):
+            return match[1]
+    raise Malformed(f"the answer {answer!r} is none of the {len(choices)} options")
 
 
 def letter_of_text(answer: Any, choices: Sequence[str]) -> str:
@@ -119,6 +124,13 @@ def windows(entry: dict[str, Any], *names: str) -> tuple[tuple[float, float], ..
     if not all(0 <= start <= end < math.inf for start, end in pairs):
         raise Malformed(f"{names[0]!r} is {found!r}, not a list of pairs of seconds, from and to")
     return pairs
+
+
+def _whole(text: str, name: str) -> str:
+    """Without space at its ends. JSON can hold halves of a character, which no tokenizer and no file takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise Malformed(f"{name!r} holds half a character: {text!r}")
+    return text.strip()
 
 
 def _kind(value: Any) -> str:

@@ -18,7 +18,7 @@ from livevlm.errors import VideoError
 from livevlm.video import open_video
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-SLACK = 2.0  # seconds by which a stack may be longer or shorter than its annotation says
+SLACK = 2.0  # seconds by which a video may be longer or shorter than its annotation says
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,27 @@ def opened(path: Path, video: Video, *, fps: float, stored_fps: float) -> Iterat
         yield _stored(*_folder(path), path, video, fps, video.stored_fps or stored_fps)
     else:
         with open_video(path, fps=fps) as reader:
+            _check_length(path, video, reader.duration)
             yield Source(reader, reader.num_frames_estimate, reader.duration)
 
 
 def _stored(count: int, frame: Callable[[int], Any], path: Path, video: Video, fps: float, stored_fps: float) -> Source:
     seconds = count / stored_fps
-    if video.clip is not None and video.duration is not None:
-        clip = video.clip[1] - video.clip[0]
-        if abs(seconds - clip) <= SLACK < abs(seconds - video.duration):
-            raise VideoError(
-                f"{path}: {seconds:g} s long, as the clip from {video.clip[0]:g} to {video.clip[1]:g} s is, but its "
-                f"questions' times count from the start of the whole, of {video.duration:g} s"
-            )
+    _check_length(path, video, seconds)
     taken = [i for i in range(count) if _is_due(i, fps, stored_fps)]
     return Source(((i / stored_fps, frame(i)) for i in taken), len(taken), seconds)
+
+
+def _check_length(path: Path, video: Video, seconds: float | None) -> None:
+    """Raises VideoError if this is a clip alone: its questions would be asked too late."""
+    if video.clip is None or video.duration is None or seconds is None:
+        return
+    clip = video.clip[1] - video.clip[0]
+    if abs(seconds - clip) <= SLACK < abs(seconds - video.duration):
+        raise VideoError(
+            f"{path}: {seconds:g} s long, as the clip from {video.clip[0]:g} to {video.clip[1]:g} s is, but its "
+            f"questions' times count from the start of the whole, of {video.duration:g} s"
+        )
 
 
 def _is_due(index: int, fps: float, stored_fps: float) -> bool:

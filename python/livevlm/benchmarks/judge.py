@@ -23,16 +23,17 @@ INSTRUCTIONS = (
     '"pred" is "yes" if the answer is right, else "no"; "score" is a whole number from 0 (wrong) to 5 (the same).'
 )
 TRIES, PATIENCE, TIMEOUT = 5, 2.0, 120.0
+REFUSED = (400, 413, 422)  # this question, for what is in it or how long it is; other questions may pass
 MAX_TOKENS = 300
 
 
 class JudgeError(LiveVLMError):
-    """The judge cannot be reached, or refuses."""
+    """The judge cannot be reached, or does not judge."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`right` and `score` are None if the judge's reply could not be understood."""
+    """`right` and `score` are None if the judge refused the question, or its reply could not be understood."""
 
     right: bool | None
     score: int | None
@@ -49,6 +50,18 @@ class Judge(Protocol):
         ...
 
     def __call__(self, question: str, answer: str, reply: str) -> Verdict: ...
+
+
+def check(judge: Judge) -> None:
+    """Asks what is beyond doubt, so that a wrong address, model or key shows before a video is watched.
+
+    Raises:
+        JudgeError: no verdict came.
+    """
+    found = judge("What colour is the ball?", "red", "red")
+    if found.right is None:
+        said = found.reply[:200]
+        raise JudgeError(f"judge {judge.name!r} at {judge.place}: no verdict on whether red is red, but {said!r}")
 
 
 def messages(question: str, answer: str, reply: str) -> list[dict[str, str]]:
@@ -93,9 +106,9 @@ class RemoteJudge:
         try:
             return verdict(str(json.loads(said)["choices"][0]["message"]["content"]))
         except (ValueError, KeyError, IndexError, TypeError):
-            raise JudgeError(f"{self.url}: the reply is not that of a chat model: {said[:200]!r}") from None
+            return Verdict(None, None, said)
 
-    def _post(self, body: bytes) -> bytes:
+    def _post(self, body: bytes) -> str:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -103,9 +116,11 @@ class RemoteJudge:
         for attempt in range(TRIES):
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    return bytes(response.read())
+                    return bytes(response.read()).decode(errors="replace")
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
+                if error.code in REFUSED:
+                    return problem
                 if error.code != 429 and error.code < 500:
                     break
             except (OSError, http.client.HTTPException) as error:

@@ -42,9 +42,16 @@ def find(video: Video, roots: Sequence[Path], folders: Sequence[str]) -> Path | 
                 for folder in folders:
                     for suffix in SUFFIXES:
                         path = root / folder / f"{tail}{suffix}"
-                        if path.is_file() or (path.is_dir() and path != root):
+                        if _is_there(path, root):
                             return path
     return None
+
+
+def _is_there(path: Path, root: Path) -> bool:
+    try:
+        return path.is_file() or (path.is_dir() and path != root)
+    except (OSError, ValueError):  # no name of a file: too long, or with a zero in it
+        return False
 
 
 def gather(videos: Sequence[Video], roots: Sequence[Path], folders: Sequence[str]) -> tuple[list[Work], list[Problem]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from livevlm.benchmarks import conversations, fields
 from livevlm.benchmarks.format import Average, Format, ParseEntry, one_query
+from livevlm.benchmarks.prompts import LETTER_ONLY
 from livevlm.benchmarks.schema import Problem, Query, Video
 from livevlm.benchmarks.scoring import first_letter, whole_option
 
@@ -44,7 +45,10 @@ def _videomme(entry: dict[str, Any], where: str) -> Sequence[Video]:
 
 def _egoschema(entry: dict[str, Any], where: str) -> Sequence[Video]:
     video = fields.text(entry, "video_idx", "q_uid")
-    options = fields.options(entry, "option")
+    if "option 0" in entry:  # as EgoSchema's own questions.json has them
+        options = fields.options({"option 0..4": [entry.get(f"option {i}") for i in range(5)]}, "option 0..4")
+    else:
+        options = fields.options(entry, "option")
     answer: Any = fields.get(entry, "answer", default="")
     gold = "" if answer == "" else fields.letter_at(answer, options, "answer")  # the full set's are not public
     query = Query("choice", fields.text(entry, "question"), gold, options, name=video, where=where)
@@ -104,6 +108,7 @@ EGOSCHEMA = Format(
     files=("egoschema*.json*", "*/egoschema*.json*", "test*.jsonl", "*/test*.jsonl", "questions.json"),
     averages=PER_QUESTION,
     folders=("", "videos", "good_clips_git", "data/videos"),
+    prompt=LETTER_ONLY,  # the rule takes no bracket behind a letter
     choice=whole_option,
 )
 LONGVIDEOBENCH = Format(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from livevlm.benchmarks.format import Format
 from livevlm.benchmarks.locate import Work, gather
@@ -14,6 +14,22 @@ from livevlm.benchmarks.prompts import Prompts
 from livevlm.benchmarks.schema import Problem, Query
 from livevlm.config import Config
 from livevlm.errors import ConfigError
+
+
+class Works(NamedTuple):
+    """What there is to do.
+
+    Attributes:
+        works: videos to watch.
+        problems: what is skipped.
+        num_queries: how many questions they will be asked.
+        keys: of all questions about all videos that were found, those that are not asked now too.
+    """
+
+    works: list[Work]
+    problems: list[Problem]
+    num_queries: int
+    keys: set[str]
 
 
 @dataclass(frozen=True)
@@ -61,8 +77,8 @@ class Plan:
             "judge": judge,
         }
 
-    def works(self) -> tuple[list[Work], list[Problem], int]:
-        """Videos to watch, what is skipped, and how many questions there are.
+    def works(self) -> Works:
+        """Reads the annotation files and looks for their videos; keys do not depend on `tasks` and `limit`.
 
         Raises:
             ConfigError: no annotation can be used, or no video was found.
@@ -71,15 +87,18 @@ class Plan:
         tasks = sorted({query.task for video in found for query in video.queries})
         if unknown := set(self.tasks) - set(tasks):
             raise ConfigError(f"--task {min(unknown)!r}: no question is of it; there are {', '.join(map(repr, tasks))}")
-        found = [video for video in found if any(map(self.asks, video.queries))]
-        if not found:
+        asked = {video.where for video in found if any(map(self.asks, video.queries))}
+        if not asked:
             first = f": {problems[0].where}: {problems[0].what}" if problems else ""
             raise ConfigError(f"{', '.join(map(str, self.files))}: no question can be asked{first}")
-        works, missing = gather(found, self.videos, self.form.folders)
+        everything, missing = gather(found, self.videos, self.form.folders)
+        missing = [problem for problem in missing if problem.where in asked]
+        works = [work for work in everything if any(map(self.asks, work.queries.values()))]
         if not works:
             raise ConfigError(f"none of the videos was found; the first: {missing[0].where}: {missing[0].what}")
         works = works[: self.limit]
-        return works, problems + missing, sum(self.asks(query) for work in works for query in work.queries.values())
+        num_queries = sum(self.asks(query) for work in works for query in work.queries.values())
+        return Works(works, problems + missing, num_queries, {key for work in everything for key in work.queries})
 
     def asks(self, query: Query) -> bool:
         """The questions of other tasks still say where clips are cut, so that answers do not depend on `tasks`."""

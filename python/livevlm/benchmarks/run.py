@@ -12,7 +12,7 @@ import livevlm
 from livevlm.benchmarks.asking import Asker
 from livevlm.benchmarks.frames import opened
 from livevlm.benchmarks.identity import SEED, claim, config_hash, device_of, git_hash
-from livevlm.benchmarks.judge import Judge
+from livevlm.benchmarks.judge import Judge, check
 from livevlm.benchmarks.locate import Work
 from livevlm.benchmarks.plan import Plan
 from livevlm.benchmarks.results import AnswerFile, outdated, read_all
@@ -53,9 +53,9 @@ def run(
 
     Raises:
         ConfigError: the folder holds answers of another run, or nothing can be asked.
-        JudgeError: the judge cannot be reached; answers so far are kept.
+        JudgeError: the judge cannot be reached, or does not judge; answers so far are kept.
     """
-    works, problems, num_queries = plan.works()
+    works, problems, num_queries, keys = plan.works()
     problems = problems if shard.rank == 0 else []  # all processes read all annotations
     for problem in problems:
         progress.problem(problem)
@@ -78,11 +78,17 @@ def run(
             "seed": SEED,
             **device_of(checkpoint.model),
         }
+        mine = works[shard.rank :: shard.world]
+        if judge is not None and any(
+            query.needs_judge and plan.asks(query) and (METHOD, key) not in done
+            for work in mine
+            for key, query in work.queries.items()
+        ):
+            check(judge)
         runner = _Runner(plan, checkpoint, judge, answers, make, common, progress, problems)
-        for work in works[shard.rank :: shard.world]:
+        for work in mine:
             runner.watch(work, done)
             progress.watched()
-        keys = {key for work in works for key in work.queries}
         facts = {"num_queries": num_queries, "outdated": outdated(found, keys, plan.files)}
         return shard.end(plan.out, facts, problems)
 
@@ -160,7 +166,7 @@ class _Runner:
             "judge_score": None,
             **self.common,
         }
-        if self.judge is not None and query.kind == "open" and query.answer:
+        if self.judge is not None and query.needs_judge:
             verdict = self.judge(query.text, query.answer, facts["reply"])
             line |= {"judged": verdict.right, "judge_score": verdict.score, "judge_reply": verdict.reply}
         self.answers.append(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["choice", "open", "count", "yesno", "proactive"]
@@ -62,9 +62,13 @@ class Query:
         return self.polls or (self.ask_time,)
 
     @property
+    def needs_judge(self) -> bool:
+        return self.kind == "open" and bool(self.answer)
+
+    @property
     def key(self) -> str:
-        """The same for the same question whatever its place in a file, so that entries can be added or mended."""
-        facts = [self.kind, self.name, self.text, self.options, self.answer, self.times]
+        """Of everything but its place in a file: entries can be added, and one that is mended is asked again."""
+        facts = {name: value for name, value in asdict(self).items() if name != "where"}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
     def facts(self) -> dict[str, Any]:

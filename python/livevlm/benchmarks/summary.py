@@ -39,6 +39,8 @@ def summarize(folder: Path) -> tuple[dict[str, Any], list[Path]]:
     problems, num_queries, outdated = ended(folder)
     num_found = len(answers)
     answers = [answer for answer in answers if answer["query"] not in outdated]
+    if not answers:
+        raise ConfigError(f"{folder} holds no answers but {num_found} to questions that have changed since")
     result = {
         "benchmark": form.name,
         "run": json.loads((folder / RUN_FILE).read_text()),
