@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from eval_kit import scripted, videos, write_folder, write_json, write_mp4, write_npy
 from eval_sets import LETTERED, OPTIONS, SECONDS, VIDEOMME, Script, averages, rvs_entry
 from livevlm.benchmarks.registry import FORMATS
 from livevlm.cli.eval import TITLES
+from livevlm.errors import ConfigError
 
 
 # ---------------------------------------------------------------- OVO-Bench
@@ -147,7 +151,8 @@ def test_offline_benchmarks(name: str, lay: Callable[..., Path]) -> None:
     script = Script(a="A", b="The answer is B", c="It is Blue", open="D")
     result, _ = scripted(name, data, script, control=False)
     # "It is Blue": strictly nothing; by the first letter of an option in it, B.
-    official = 1 / 3 if name == "egoschema" else 2 / 3  # a letter or an option, and nothing else
+    # EgoSchema takes a letter or an option, and nothing else.
+    official = 1 / 3 if name == "egoschema" else 2 / 3
     assert averages(result, "strict") == {"per question": pytest.approx(2 / 3)}
     assert averages(result, "official") == {"per question": pytest.approx(official)}
     groups = {name: group["strict"] for name, group in result["method"]["groups"].items()}
@@ -201,7 +206,83 @@ def test_the_conversations_form_without_answers_or_with_clips(lay: Callable[...,
     assert [problem["what"].split(":")[0] for problem in result["skipped"]] == ["'clip' is not supported", "turn 1"]
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("videomme", "videomme/test-00000-of-00001.parquet"),
+        ("longvideobench", "validation-00000-of-00001.parquet"),
+        ("cgbench", "data/test-00000-of-00001.parquet"),
+        ("egoschema", "Subset/test-00000-of-00001.parquet"),
+    ],
+)
+def test_parquet(name: str, file: str, lay: Callable[..., Path]) -> None:
+    data = lay("readme.json", [], "videos/v.mp4")
+    (data / file).parent.mkdir(exist_ok=True)
+    rows = [row for row in OFFLINE[name][:3] if "option0" not in row]  # a table's rows have the same columns
+    rows = [row | {"answer": str(row.get("answer"))} for row in [*rows, {**rows[0], "question": ""}]]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), data / file)
+    result, lines = scripted(name, data, Script(a="A", b="B", c="A"), control=False)
+    assert len(lines) == len(rows) - 1 and all(line["strict"] == (line["question"] != "c?") for line in lines)
+    assert [problem["where"] for problem in result["skipped"]] == [f"{data / file}:{len(rows)}"]
+    (data / file).write_bytes(b"PAR1 no more")
+    _, problems = FORMATS[name].read([data / file])
+    assert problems[0].where == f"{data / file}:1" and "cannot be read" in problems[0].what
+
+
+def test_parquet_without_pyarrow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pip install 'livevlm\[parquet\]'"):
+        FORMATS["videomme"].read([tmp_path / "test.parquet"])
+
+
+def test_egoschema_with_its_public_answers(lay: Callable[..., Path]) -> None:
+    """Two of three are public: these are scored, and can be asked alone."""
+    numbered = {f"option {i}": text for i, text in enumerate([*OPTIONS, "black"])}
+    entries = [{"q_uid": uid, "question": f"{uid}?", **numbered} for uid in ("a", "b", "c")]
+    data = lay("questions.json", entries, "videos/a.mp4", "videos/b.mp4", "videos/c.mp4")
+    write_json(data / "subset_answers.json", {"a": 0, "c": 4})
+    script = Script(a="A", b="B", c="D")
+    result, lines = scripted("egoschema", data, script, control=False, tasks=("subset",))
+    assert averages(result, "strict") == {"per question": 0.5} and len(lines) == 2
+    result, lines = scripted("egoschema", data, script, control=False)
+    assert averages(result, "strict") == {"per question": 0.5} and len(lines) == 3
+    assert (data / "out" / "submission.csv").read_text().split() == ["q_uid,answer", "a,0", "c,3", "b,1"]
+    (data / "subset_answers.json").write_text("{")
+    _, problems = FORMATS["egoschema"].read([data / "questions.json"])
+    assert len(problems) == 3 and "subset_answers.json, which belongs to it, cannot be read" in problems[0].what
+
+
 # ---------------------------------------------------------------- RVS: stacks and folders
+def test_rvs_reads_the_files_of_vstream_qa(tmp_path: Path) -> None:
+    """Times count from the start of the whole video, pictures from the start of the clip."""
+    write_folder(tmp_path / "vstream-realtime/ego4d_frames/clip_2", videos(1, SECONDS)[0])
+
+    def entry(number: int, video: str, end: float) -> dict[str, Any]:
+        return {
+            "id": f"q{number}", "video_id": video, "video_name": "w", "question": "what?", "answer": "Red.",
+            "answer_type": "Object", "start_time": 0, "end_time": end,
+        }  # fmt: skip
+
+    folder = tmp_path / "vstream-realtime"
+    asked = [entry(0, "clip_2", 603), entry(1, "clip_2", 609), entry(2, "clip_2", 20), entry(3, "clip_9", 603)]
+    write_json(folder / "test_qa_ego4d.json", asked)
+    write_json(folder / "rvs_ego.json", [
+        {"video_id": f"clip_{i}", "original_video": "w", "start_time": 300 * i, "end_time": 300 * (i + 1)}
+        for i in range(3)
+    ])  # fmt: skip
+    result, lines = scripted("rvs", tmp_path, lambda prompt, times: "red", control=False)
+    assert [(line["name"], line["ask_time"], line["seen_seconds"], line["strict"]) for line in lines] == [
+        ("q0", 3, 3, True), ("q1", 9, 9, True)
+    ]  # fmt: skip
+    assert {(line["task"], line["group"]) for line in lines} == {("Object", "ego")}
+    problems = [problem["what"] for problem in result["skipped"]]
+    assert problems[0] == "'end_time' is 20, not within its clip, from 600 to 900"
+    assert "'clip_9' is not in" in problems[1] and len(problems) == 2
+    (folder / "rvs_ego.json").unlink()
+    _, found = FORMATS["rvs"].read([folder / "test_qa_ego4d.json"])
+    assert len(found) == 4 and "rvs_ego.json, which belongs to it, cannot be read" in found[0].what
+
+
 def test_rvs_reads_stacks_and_folders(tmp_path: Path) -> None:
     video = videos(1, SECONDS)[0]
     write_npy(tmp_path / "movie/videos/tt1.npy", video)

@@ -73,6 +73,40 @@ def test_official_rules_are_lenient_where_they_are() -> None:
     assert scoring.is_right("x", Query("choice", "?", "", OPTIONS)) is None
 
 
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("Best option: (A", "A"),
+        ("Best answer: C", "C"),
+        ("The answer is A", "A"),
+        ("E is not one", "E"),
+        ("it is a", ""),
+    ],
+)
+def test_longvideobench_takes_the_first_of_five_letters(reply: str, letter: str) -> None:
+    given = [one for one in "ABCDE" if scoring.first_of_five(reply, Query("choice", "?", one, OPTIONS))]
+    assert given == list(letter)
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B) or (C)", "C"),
+        ("A. no, B. yes (C)", "B"),  # a point counts more than a bracket, and the last of those
+        ("A: x B. y", "B"),
+        ("C or\nB", "C"),  # lines are joined without a space
+        ("The NBA team", "A"),  # as a word ends
+        ("C) x", ""),
+        ("", ""),
+    ],
+)
+def test_cgbench_takes_the_last_marked_letter(reply: str, letter: str) -> None:
+    given = [one for one in "ABCDEFGH" if scoring.last_marked(reply, Query("choice", "?", one, OPTIONS))]
+    assert given == list(letter)
+
+
 def test_proactive_needs_the_time_and_the_words() -> None:
     query = Query("proactive", "?", "goal", polls=(1.0,), truth_time=10.0)
     assert scoring.proactive("Goal.", 12.0, query) == (True, False)

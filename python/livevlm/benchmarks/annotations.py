@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotation files, JSON, JSON lines or CSV, entry by entry, with the line at which each begins."""
+"""Annotation files, JSON, JSON lines, CSV or parquet, entry by entry, with the line at which each begins."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from livevlm.benchmarks.schema import Problem
+from livevlm.benchmarks.schema import Malformed, Problem
+from livevlm.errors import ConfigError
 
 SPACE = " \t\r\n"
 
 
 class Entry(NamedTuple):
     value: Any
-    where: str  # file:line
+    where: str  # file:line, file:row of a parquet file
 
 
 def read_entries(path: Path) -> Iterator[Entry | Problem]:
@@ -25,7 +27,13 @@ def read_entries(path: Path) -> Iterator[Entry | Problem]:
 
     A line that is no JSON is one problem. In a list nothing after broken JSON can be read: that is one problem too, as
     is a file that cannot be read, or that holds something else.
+
+    Raises:
+        ConfigError: a parquet file, and no pyarrow is installed.
     """
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+        return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -40,6 +48,37 @@ def read_entries(path: Path) -> Iterator[Entry | Problem]:
         yield from _lines(path, text)
     else:
         yield Problem(f"{path}:1", "allowed are a JSON list of entries, or one entry a line")
+
+
+def read_beside(path: Path) -> Any:
+    """JSON of a file that entries of an annotation file refer to; read again only if it has changed.
+
+    Raises:
+        Malformed: it cannot be read.
+    """
+    try:
+        return _read_json(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError) as error:
+        raise Malformed(f"{path}, which belongs to it, cannot be read: {error}") from None
+
+
+@lru_cache(maxsize=4)
+def _read_json(path: Path, modified: int) -> Any:
+    return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def _parquet(path: Path) -> Iterator[Entry | Problem]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ConfigError(f"{path}: reading parquet needs pyarrow: pip install 'livevlm[parquet]'") from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ArrowException) as error:
+        yield Problem(f"{path}:1", f"cannot be read: {error}")
+        return
+    for number, row in enumerate(rows, 1):
+        yield Entry(row, f"{path}:{number}")
 
 
 def _is_json(line: str) -> bool:

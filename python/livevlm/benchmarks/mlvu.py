@@ -51,7 +51,7 @@ MLVU = Format(
     files=(  # 8 and 9 are tasks of writing, which have no options
         *(f"{folder}[1-7]_*.json" for folder in ("", "json/", "*/json/")),
         *(f"{folder}dev_debug_mc.json" for folder in ("", "*/")),
-        *(f"{folder}test*.jsonl" for folder in ("", "*/")),
+        *(f"{folder}test*.{kind}" for kind in ("jsonl", "parquet") for folder in ("", "*/")),
     ),
     choice=before_bracket,
     averages=(

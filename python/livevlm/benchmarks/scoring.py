@@ -94,6 +94,28 @@ def first_letter(reply: str, query: Query) -> bool:
     return match is not None and match[0] == query.answer
 
 
+def first_of_five(reply: str, query: Query) -> bool:
+    """The first A to E, however many options there are, behind "Best answer:" and "Best option:" (LongVideoBench)."""
+    match = re.search("[A-E]", reply.replace("Best answer:", "").replace("Best option:", ""))
+    return match is not None and match[0] == query.answer  # of no letter its script makes a random one
+
+
+def last_marked(reply: str, query: Query) -> bool:
+    """CG-Bench: a letter before a point or colon; else in brackets; else before a space. Of several, the last."""
+    said = reply.replace("\n", "")
+    for mark in ",.!?;:'":
+        said = said.strip(mark)
+    said, letters = f" {said} ", LETTERS[: max(8, len(query.options))]
+
+    def with_mark(mark: str) -> list[str]:
+        return [letter for letter in letters if mark.replace("X", letter) in said]
+
+    points, colons, brackets = with_mark("X."), with_mark("X:"), with_mark("(X)")
+    found = points + colons or brackets or with_mark("X ")
+    mark = "X." if points else "X:" if colons else "(X)" if brackets else " X "
+    return bool(found) and max(found, key=lambda letter: said.rfind(mark.replace("X", letter))) == query.answer
+
+
 def whole_option(reply: str, query: Query) -> bool:
     """The reply is an option: its letter, its text, or both, with or without a full stop behind it."""
     options = dict(zip(LETTERS, query.options, strict=False))
