@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from eval_kit import scripted, videos, write_folder, write_json, write_mp4, write_npy
 from eval_sets import LETTERED, OPTIONS, SECONDS, VIDEOMME, Script, averages, rvs_entry
@@ -216,6 +214,7 @@ def test_the_conversations_form_without_answers_or_with_clips(lay: Callable[...,
     ],
 )
 def test_parquet(name: str, file: str, lay: Callable[..., Path]) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     data = lay("readme.json", [], "videos/v.mp4")
     (data / file).parent.mkdir(exist_ok=True)
     rows = [row for row in OFFLINE[name][:3] if "option0" not in row]  # a table's rows have the same columns
