@@ -277,6 +277,9 @@ def test_rvs_reads_the_files_of_vstream_qa(tmp_path: Path) -> None:
     problems = [problem["what"] for problem in result["skipped"]]
     assert problems[0] == "'end_time' is 20, not within its clip, from 600 to 900"
     assert "'clip_9' is not in" in problems[1] and len(problems) == 2
+    write_json(folder / "rvs_ego.json", 5)
+    _, found = FORMATS["rvs"].read([folder / "test_qa_ego4d.json"])
+    assert {problem.what for problem in found} == {"'rvs_ego.json' is 5, not a list of at least one item"}
     (folder / "rvs_ego.json").unlink()
     _, found = FORMATS["rvs"].read([folder / "test_qa_ego4d.json"])
     assert len(found) == 4 and "rvs_ego.json, which belongs to it, cannot be read" in found[0].what

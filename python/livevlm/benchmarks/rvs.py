@@ -41,7 +41,8 @@ def _vstream(entry: dict[str, Any], where: str, path: Path) -> Video:
         raise Malformed(f"'conversations' is missing; VStream-QA's own files are {' and '.join(CLIPS)}")
     video = fields.text(entry, "video_id")
     clips = path.with_name(CLIPS[path.name])
-    found = [clip for clip in read_beside(clips) if isinstance(clip, dict) and clip.get("video_id") == video]
+    entries = fields.items({clips.name: read_beside(clips)}, clips.name)
+    found = [clip for clip in entries if isinstance(clip, dict) and str(clip.get("video_id")) == video]
     if not found:
         raise Malformed(f"video {video!r} is not in {clips}, which says where it begins")
     start, end = fields.number(found[0], "start_time"), fields.number(found[0], "end_time")
