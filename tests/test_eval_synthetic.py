@@ -190,6 +190,18 @@ def test_a_run_that_was_stopped_goes_on_and_processes_change_nothing(tmp_path: P
         compare(Plan(tuple(FEW), frames=(32,), streams=3), tmp_path / "stopped", plots=False)
 
 
+def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
+    """No `full` to compare with, and of a single question only one kind: strict readers take the files all the same."""
+    plan = Plan(
+        tuple(settings_of(["recent"], [25.0], ["none"], ["packed"])), frames=(32,), streams=1, questions=1, moments=1
+    )
+    compare(plan, tmp_path, plots=False)
+    text = (tmp_path / "results.json").read_text()
+    (row,) = json.loads(text, parse_constant=lambda name: pytest.fail(name))["rows"]
+    assert row["to_full"] is None and sorted(value is None for value in row["kinds"].values()) == [False] + 7 * [True]
+    assert "nan" not in (tmp_path / "results.csv").read_text()
+
+
 def test_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     """There is work for hours: who does not notice goes on with it, unheard."""
     options = f"--streams 9999 --settings full --processes 2 --device cpu --no-plots --out {tmp_path}"

@@ -95,7 +95,7 @@ def first_letter(reply: str, query: Query) -> bool:
 
 
 def first_of_five(reply: str, query: Query) -> bool:
-    """The first A to E, however many options there are, behind "Best answer:" and "Best option:" (LongVideoBench)."""
+    """LongVideoBench: the first A to E, however many options there are. The B of "Best option:" does not count."""
     match = re.search("[A-E]", reply.replace("Best answer:", "").replace("Best option:", ""))
     return match is not None and match[0] == query.answer  # of no letter its script makes a random one
 

@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -135,16 +135,26 @@ def _row(num_frames: int, setting: Setting, group: _Group, full: _Group) -> Row:
     )
 
 
+def _known(facts: dict[str, Any]) -> dict[str, Any]:
+    """None for what was not measured, such as the difference to a `full` that was not run: JSON has no NaN."""
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in facts.items()}
+
+
+def _nested(row: Row) -> dict[str, Any]:
+    return _known({**asdict(row), "kinds": _known(row.kinds)})
+
+
 def _flat(row: Row) -> dict[str, Any]:
-    facts = {item.name: getattr(row, item.name) for item in fields(row) if item.name != "kinds"}
-    return {key: round(v, 5) if isinstance(v, float) else v for key, v in {**facts, **row.kinds}.items()}
+    facts = _nested(row)
+    facts |= facts.pop("kinds")
+    return {key: round(v, 5) if isinstance(v, float) else v for key, v in facts.items()}
 
 
 def write(rows: Sequence[Row], facts: dict[str, Any], folder: Path) -> list[Path]:
     """`results.json`, `.csv` and `.md`; the files written."""
     paths = [folder / f"results.{kind}" for kind in ("json", "csv", "md")]
-    content = {"facts": facts, "chance": CHANCE_LEVEL, "rows": [asdict(row) for row in rows]}
-    paths[0].write_text(json.dumps(content, indent=1) + "\n")
+    content = {"facts": facts, "chance": CHANCE_LEVEL, "rows": [_nested(row) for row in rows]}
+    paths[0].write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     with paths[1].open("w", newline="") as file:
         writer = csv.DictWriter(file, list(_flat(rows[0])))
         writer.writeheader()
